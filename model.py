@@ -1,0 +1,465 @@
+"""The networks: the one-step DiT generator (A.2), the ResNet-MAE encoder (A.3), and how their weights are read.
+
+Module and config names follow the authors' release, so that a published `metadata.json` builds the model as it stands.
+Axes in shape comments: n samples, c channels, h w pixels, t tokens (in-context ones first), d width.
+"""
+import inspect
+import json
+import math
+import mmap
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from huggingface_hub import PyTorchModelHubMixin
+from torch import nn
+
+from drift import full, multi_scale_features
+
+HUB_CARD = dict(library_name="drifting", license="mit", tags=["drifting", "one-step-generation"],
+                paper_url="https://arxiv.org/abs/2602.04770")
+
+# Table 8. S is ours, for small images on small machines.
+GENERATOR_SIZES = {
+    "S": dict(hidden_size=128, depth=4, num_heads=4, n_cls_tokens=4),
+    "B": dict(hidden_size=768, depth=12, num_heads=12),
+    "L": dict(hidden_size=1024, depth=24, num_heads=16),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Generator
+
+class Generator(nn.Module, PyTorchModelHubMixin, **HUB_CARD):
+    """DiT from noise to sample in one forward pass (A.2, Table 8): noise, class, alpha and styles in, image out.
+
+    Sizes: `Generator(**GENERATOR_SIZES["B"], ...)`. The defaults are those of latents 32x32x4 with patch 2.
+    style: `noise_coords` extra discrete noises, each one of `noise_classes` embeddings.
+    """
+
+    def __init__(self, input_size=32, in_channels=4, out_channels=None, patch_size=2, hidden_size=768, depth=12,
+                 num_heads=12, mlp_ratio=4.0, cond_dim=None, num_classes=1000, noise_classes=64, noise_coords=32,
+                 n_cls_tokens=16, attn_fp32=False):
+        super().__init__()
+        if input_size % patch_size or hidden_size % num_heads or hidden_size % 4 or hidden_size // num_heads % 2:
+            raise ValueError(f"generator: patch_size {patch_size} must divide input_size {input_size}, 4 and num_heads "
+                             f"{num_heads} hidden_size {hidden_size}, and a head's width must be even")
+        self.input_size, self.in_channels, self.patch_size = input_size, in_channels, patch_size
+        self.out_channels = out_channels or in_channels
+        self.num_classes, self.noise_classes, self.noise_coords = num_classes, noise_classes, noise_coords
+        cond_dim, grid = cond_dim or hidden_size, input_size // patch_size
+
+        self.class_embed = nn.Embedding(num_classes, cond_dim)
+        self.style_embed = nn.Parameter(torch.empty(noise_coords, noise_classes, cond_dim))  # a table of its own each
+        self.alpha_embed = nn.Sequential(nn.Linear(256, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim))
+        self.alpha_norm = RMSNorm(cond_dim)
+
+        self.patch_embed = nn.Linear(patch_size**2 * in_channels, hidden_size)
+        self.pos_embed = nn.Parameter(sincos_2d(grid, hidden_size)[None])
+        self.cls_proj = nn.Linear(cond_dim, hidden_size)
+        self.cls_embed = nn.Parameter(torch.empty(1, n_cls_tokens, hidden_size))
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio, cond_dim, attn_fp32) for _ in range(depth))
+        self.final_norm = RMSNorm(hidden_size)
+        self.final_adaln = nn.Linear(cond_dim, 2 * hidden_size)
+        self.final_linear = nn.Linear(hidden_size, patch_size**2 * self.out_channels)
+        self.register_buffer("rope", rotary_table(n_cls_tokens + grid**2, hidden_size // num_heads), persistent=False)
+        self.checkpoint_blocks = False  # True: recompute each block in the backward pass, a third more work, 1/20 memory
+        self._initialise()
+
+    def _initialise(self):
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for table in (self.class_embed.weight, self.style_embed, self.cls_embed,
+                      self.alpha_embed[0].weight, self.alpha_embed[2].weight):
+            nn.init.normal_(table, std=0.02)
+        for zero in (self.final_linear, self.final_adaln, *(block.adaln for block in self.blocks)):  # adaLN-zero
+            nn.init.zeros_(zero.weight)
+
+    def condition(self, class_labels, cfg_scale, style_indices):
+        """Condition vector [n, cond_dim], float32: class + sum of styles + 0.02 * norm(MLP(alpha))."""
+        with torch.autocast(class_labels.device.type, enabled=False):
+            frequencies = torch.exp(-math.log(10000) / 128 * torch.arange(128, device=cfg_scale.device))
+            angles = cfg_scale.to(self.pos_embed.dtype)[:, None] * frequencies                   # n 128
+            alpha = self.alpha_norm(self.alpha_embed(torch.cat([angles.cos(), angles.sin()], 1)))
+            slots = torch.arange(self.noise_coords, device=style_indices.device)
+            styles = self.style_embed[slots, style_indices].sum(1)                               # n d
+            return self.class_embed(class_labels) + styles + 0.02 * alpha
+
+    def forward(self, noise, class_labels, cfg_scale, style_indices):
+        """noise [n, c, h, w], class_labels [n], cfg_scale [n] (alpha), style_indices [n, noise_coords] -> [n, c, h, w]."""
+        p = self.patch_size
+        cond = self.condition(class_labels, cfg_scale, style_indices)                            # n d
+        x = rearrange(noise, "n c (h p) (w q) -> n (h w) (p q c)", p=p, q=p)                     # n t (p q c)
+        x = self.patch_embed(x)
+        x = x + self.pos_embed.to(x.dtype)                                                       # n t d
+        in_context = self.cls_proj(cond)[:, None] + self.cls_embed                               # n 16 d
+        x = torch.cat([in_context.to(x.dtype), x], 1)                                            # n (16 + t) d
+        for block in self.blocks:
+            if self.checkpoint_blocks and self.training:
+                x = torch.utils.checkpoint.checkpoint(block, x, cond, self.rope, use_reentrant=False)
+            else:
+                x = block(x, cond, self.rope)
+        shift, scale = modulation(self.final_adaln, cond, 2)
+        x = modulate(self.final_norm(x[:, self.cls_embed.shape[1]:]), shift, scale)              # n t d
+        x = self.final_linear(x)                                                                 # n t (p q c)
+        return rearrange(x, "n (h w) (p q c) -> n c (h p) (w q)", p=p, q=p, h=self.input_size // p)
+
+
+class Block(nn.Module):
+    """Transformer block: adaLN-zero, RMSNorm, attention with RMS-normalised q and k and rotary positions, SwiGLU."""
+
+    def __init__(self, width, num_heads, mlp_ratio, cond_dim, attn_fp32):
+        super().__init__()
+        hidden = math.ceil(int(mlp_ratio * width * 2 / 3) / 32) * 32  # two matrices gate: 2/3 keeps the parameter count
+        self.num_heads, self.attn_fp32 = num_heads, attn_fp32
+        self.adaln = nn.Linear(cond_dim, 6 * width)
+        self.norm1 = RMSNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = RMSNorm(width // num_heads)
+        self.k_norm = RMSNorm(width // num_heads)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = RMSNorm(width)
+        self.mlp_gate = nn.Linear(width, hidden)
+        self.mlp_in = nn.Linear(width, hidden)
+        self.mlp_out = nn.Linear(hidden, width)
+
+    def forward(self, x, cond, rope):
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation(self.adaln, cond, 6)           # n 1 d each
+        x = x + gate1.to(x.dtype) * self.attention(modulate(self.norm1(x), shift1, scale1), rope)
+        h = modulate(self.norm2(x), shift2, scale2)                                              # n t d
+        return x + gate2.to(x.dtype) * self.mlp_out(F.silu(self.mlp_gate(h)) * self.mlp_in(h))
+
+    def attention(self, x, rope):
+        q, k, v = rearrange(self.qkv(x), "n t (three heads d) -> three n heads t d", three=3, heads=self.num_heads)
+        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
+        if self.attn_fp32:
+            q, k, v = full(q), full(k), full(v)
+        with torch.autocast(x.device.type, enabled=False):
+            x = F.scaled_dot_product_attention(q, k, v)                                          # n heads t d
+        return self.proj(rearrange(x, "n heads t d -> n t (heads d)"))
+
+
+class RMSNorm(nn.RMSNorm):
+    """Affine RMSNorm; the fused kernel wants its float32 weight in the input's type and computes in float32 itself."""
+
+    def __init__(self, width):
+        super().__init__(width, eps=1e-6)
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+def modulation(linear, cond, chunks):
+    """adaLN: SiLU, then linear, in float32 even under autocast. Returns `chunks` tensors [n, 1, d]."""
+    with torch.autocast(cond.device.type, enabled=False):
+        return linear(F.silu(cond))[:, None].chunk(chunks, -1)
+
+
+def modulate(x, shift, scale):
+    return x * (1 + scale.to(x.dtype)) + shift.to(x.dtype)
+
+
+def rotary_table(length, head_dim):
+    """Rotary angles of a 1-D sequence, in-context tokens included: cos and sin, [2, length, head_dim / 2]."""
+    frequencies = 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)
+    angles = torch.arange(length)[:, None] * frequencies
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x, rope):
+    """Rotary positions in the half-split layout: channel i turns with channel i + head_dim / 2. x [n, heads, t, d]."""
+    cos, sin = rope.to(x.dtype)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def sincos_2d(grid, width):
+    """Position table [grid^2, width]: a quarter each of sin and cos of the column, sin and cos of the row."""
+    frequencies = 10000.0 ** (-torch.arange(width // 4) / (width // 4))
+    angles = torch.arange(grid)[:, None] * frequencies
+    one = torch.cat([angles.sin(), angles.cos()], 1)                                             # grid d/2
+    return torch.cat([one.repeat(grid, 1), one.repeat_interleave(grid, 0)], 1)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Encoder
+
+class MAE(nn.Module, PyTorchModelHubMixin, **HUB_CARD):
+    """ResNet masked autoencoder (A.3): its encoder's multi-scale features are the space in which samples drift.
+
+    Pixel models patchify first: `input_patch_size` 8 turns 256x256x3 into 32x32x192. `layers` are the residual blocks
+    of each stage; widths double from `base_channels`. patch_size: side of a masking patch.
+    """
+
+    def __init__(self, in_channels=4, base_channels=256, layers=(3, 4, 6, 3), patch_size=2, input_patch_size=1,
+                 num_classes=1000):
+        super().__init__()
+        self.in_channels, self.input_patch_size = in_channels, input_patch_size
+        self.patch_size, self.num_classes = patch_size, num_classes
+        channels = in_channels * input_patch_size**2
+        self.encoder = ResNetEncoder(channels, base_channels, layers)
+        self.decoder = UNetDecoder(channels, base_channels, len(layers))
+        self.fc = nn.Linear(base_channels * 2 ** (len(layers) - 1), num_classes)
+
+    def patchify(self, x):
+        p = self.input_patch_size
+        return rearrange(x, "n c (h p) (w q) -> n (p q c) h w", p=p, q=p)
+
+    def random_mask(self, n, size, generator, share=0.5):
+        """[n, size, size] on the grid of masking patches of a map of side `size * patch_size`; 1 = hidden."""
+        return (torch.rand(n, size, size, generator=generator) < share).float()
+
+    def forward(self, x, mask, labels):
+        """x [n, c, h, w], mask [n, h', w'] on the grid of masking patches, labels [n].
+
+        Returns reconstruction (patchified), class logits [n, classes], and per image: the squared error on hidden
+        positions (summed over channels, averaged over positions) and the cross-entropy.
+        """
+        x = self.patchify(x)                                                                     # n c 32 32
+        hidden = mask.repeat_interleave(self.patch_size, 1).repeat_interleave(self.patch_size, 2)[:, None]
+        maps = self.encoder(x * (1 - hidden))
+        recon = full(self.decoder(maps))                                                       # n c 32 32
+        logits = full(self.fc(maps[f"layer{self.encoder.num_stages}"].mean((2, 3))))              # n classes
+        error = ((recon - x).square() * hidden).sum((1, 2, 3)) / hidden.sum((1, 2, 3)).clamp_min(1)
+        return recon, logits, error, F.cross_entropy(logits, labels, reduction="none")
+
+    def features(self, x):
+        """x [n, c, h, w], not masked -> {name: [n, T, C]}: `norm_x` and the multi-scale features of every map (A.5)."""
+        x = self.patchify(x)
+        norm_x = (full(x).square().mean((2, 3)) + 1e-6).sqrt()[:, None]                        # n 1 c
+        return {"norm_x": norm_x, **multi_scale_features(self.encoder(x))}
+
+
+class ResNetEncoder(nn.Module):
+    """Basic blocks in stages at full, 1/2, 1/4, ... resolution; a further GroupNorm after each stage feeds the next."""
+
+    def __init__(self, in_channels, width, layers):
+        super().__init__()
+        self.num_stages = len(layers)
+        self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        self.gn1 = group_norm(width)
+        self.stages = nn.ModuleList()
+        for i, depth in enumerate(layers):
+            c_in, c_out = width * 2 ** max(i - 1, 0), width * 2**i
+            self.stages.append(nn.ModuleDict({"layers": nn.ModuleList(
+                BasicBlock(c_in if k == 0 else c_out, c_out, 2 if k == 0 and i > 0 else 1) for k in range(depth))}))
+            self.add_module(f"layer{i + 1}_norm", group_norm(c_out))
+
+    def forward(self, x):
+        """x [n, c, h, w] -> maps {name: [n, C, H, W]}: conv1, layerI, and every second block's output layerI_blkK."""
+        maps = {"conv1": F.relu(self.gn1(self.conv1(x)))}
+        x = maps["conv1"]
+        for i, stage in enumerate(self.stages, 1):
+            for k, block in enumerate(stage["layers"], 1):
+                x = block(x)
+                if k % 2 == 0:
+                    maps[f"layer{i}_blk{k}"] = x
+            maps[f"layer{i}"] = x = self.get_submodule(f"layer{i}_norm")(x)
+        return maps
+
+
+class BasicBlock(nn.Module):
+    def __init__(self, c_in, c_out, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+        self.gn1 = group_norm(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
+        self.gn2 = group_norm(c_out)
+        self.projects = stride != 1 or c_in != c_out
+        if self.projects:
+            self.proj_conv = nn.Conv2d(c_in, c_out, 1, stride, bias=False)
+            self.proj_gn = group_norm(c_out)
+
+    def forward(self, x):
+        skip = self.proj_gn(self.proj_conv(x)) if self.projects else x
+        x = F.relu(self.gn1(self.conv1(x)))
+        return F.relu(self.gn2(self.conv2(x)) + skip)
+
+
+class UNetDecoder(nn.Module):
+    """Back up through the stages: resize to the skip's size, concatenate, normalise, two convolutions (A.3)."""
+
+    def __init__(self, out_channels, width, num_stages):
+        super().__init__()
+        widths = [width] + [width * 2**i for i in range(num_stages)]  # of conv1, layer1, layer2, ...
+        self.bridge = ConvGNReLU(widths[-1], widths[-1])
+        self.steps = [(f"up{i}{i - 1}", f"layer{i - 1}" if i > 1 else "conv1") for i in range(num_stages, 0, -1)]
+        for i, (name, _) in zip(range(num_stages, 0, -1), self.steps):
+            self.add_module(name, nn.ModuleDict({
+                "concat_norm_fn": group_norm(widths[i] + widths[i - 1]),
+                "proj": ConvGNReLU(widths[i] + widths[i - 1], widths[i - 1]),
+                "refine": ConvGNReLU(widths[i - 1], widths[i - 1])}))
+        self.head = nn.Conv2d(width, out_channels, 1)
+
+    def forward(self, maps):
+        x = self.bridge(maps[f"layer{len(self.steps)}"])
+        for name, skip in self.steps:
+            up = self.get_submodule(name)
+            x = F.interpolate(x, maps[skip].shape[2:], mode="bilinear", align_corners=False)
+            x = up["concat_norm_fn"](torch.cat([x, maps[skip]], 1))
+            x = up["refine"](up["proj"](x))
+        return self.head(x)
+
+
+class ConvGNReLU(nn.Module):
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.conv = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)
+        self.gn = group_norm(c_out)
+
+    def forward(self, x):
+        return F.relu(self.gn(self.conv(x)))
+
+
+def group_norm(channels):
+    """GroupNorm with 32 groups, or the largest number below that divides the channels."""
+    return nn.GroupNorm(next(g for g in range(min(32, channels), 0, -1) if channels % g == 0), channels, eps=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Reading weights: our checkpoints (config.json + model.safetensors) and the authors' (metadata.json + ema_params.msgpack)
+
+def load_generator(path):
+    """Generator in eval mode from a checkpoint or run folder of ours, or a folder of the authors' artifact.
+
+    Raises FileNotFoundError or ValueError, in one line, for a folder without a model, with another kind of model, with
+    damaged files, or with parameters that do not account for the model's one by one.
+    """
+    return _load(Generator, path, FLAX_GENERATOR_NAMES)
+
+
+def load_encoder(path):
+    """ResNet-MAE in eval mode; paths and errors as for `load_generator`. Its `features(x)` is what training uses."""
+    return _load(MAE, path, FLAX_MAE_NAMES)
+
+
+def latest_checkpoint(run):
+    """The newest `step_*` folder of a run folder, or None."""
+    return max(Path(run).glob("step_" + "[0-9]" * 8), default=None)
+
+
+def _load(cls, path, flax_names):
+    folder = latest_checkpoint(path) or Path(path)
+    if (folder / "config.json").is_file():
+        config = json.loads((folder / "config.json").read_text())
+        state = _read_safetensors(folder / "model.safetensors")
+    elif (folder / "metadata.json").is_file():
+        config = _flax_config(json.loads((folder / "metadata.json").read_text())["model_config"])
+        state = _flax_state_dict(read_flax(folder / "ema_params.msgpack"), flax_names)
+    else:
+        raise FileNotFoundError(f"{path}: no model there (config.json + model.safetensors, or the authors' metadata.json "
+                                "+ ema_params.msgpack, or a run folder holding step_* folders)")
+    unknown = sorted(config.keys() - inspect.signature(cls.__init__).parameters.keys())
+    if unknown:
+        raise ValueError(f"{path}: not a {cls.__name__} that this code can build; config keys {', '.join(unknown)}")
+    with torch.device("meta"):  # no memory, no initialisation: the file's tensors become the parameters
+        model = cls(**config)
+    if cls is Generator:
+        model.rope = rotary_table(model.rope.shape[1], 2 * model.rope.shape[2])
+    wanted = {name: list(p.shape) for name, p in model.state_dict().items()}
+    found = {name: list(p.shape) for name, p in state.items()}
+    wrong = [f"{name} is {found.get(name, 'missing')}, should be {wanted.get(name, 'absent')}"
+             for name in sorted(wanted.keys() | found.keys()) if wanted.get(name) != found.get(name)]
+    if wrong:
+        raise ValueError(f"{path}: {len(wrong)} parameters do not fit its config: {'; '.join(wrong[:5])}")
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def _read_safetensors(path):
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    try:
+        return load_file(path)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"{path}: missing or damaged ({error}); copy or download it again") from None
+
+
+# Released configs say which layers they use; here these are not options. Precision is the caller's (autocast), and
+# use_remat is `checkpoint_blocks`.
+FLAX_FIXED = dict(use_qknorm=True, use_swiglu=True, use_rope=True, use_rmsnorm=True, dropout_prob=0.0)
+FLAX_IGNORED = ("use_bf16", "use_remat")
+
+# Flax path -> our name, tried in order on the whole path. kernel, scale and embedding are renamed to weight below.
+FLAX_GENERATOR_NAMES = [
+    (r"Embed_0/", "class_embed."), (r"noise_embeds_(\d+)/embedding", r"style_embed.\1"), (r"^RMSNorm_0/", "alpha_norm."),
+    (r"TimestepEmbedder_0/TorchLinear_0/Dense_0/", "alpha_embed.0."),
+    (r"TimestepEmbedder_0/TorchLinear_1/Dense_0/", "alpha_embed.2."),
+    (r"^LightningDiT_0/", ""), (r"^TorchLinear_0/Dense_0/", "patch_embed."), (r"^TorchLinear_1/Dense_0/", "cls_proj."),
+    (r"FinalLayer_0/RMSNorm_0/", "final_norm."), (r"FinalLayer_0/TorchLinear_0/Dense_0/", "final_adaln."),
+    (r"FinalLayer_0/TorchLinear_1/Dense_0/", "final_linear."),
+    (r"blocks_(\d+)/", r"blocks.\1."), (r"\.TorchLinear_0/Dense_0/", ".adaln."),
+    (r"\.RMSNorm_0/", ".norm1."), (r"\.RMSNorm_1/", ".norm2."),
+    (r"Attention_0/TorchLinear_0/Dense_0/", "qkv."), (r"Attention_0/TorchLinear_1/Dense_0/", "proj."),
+    (r"Attention_0/([qk]_norm)/", r"\1."), (r"SwiGLUFFN_0/TorchLinear_0/Dense_0/", "mlp_gate."),
+    (r"SwiGLUFFN_0/TorchLinear_1/Dense_0/", "mlp_in."), (r"SwiGLUFFN_0/TorchLinear_2/Dense_0/", "mlp_out."),
+]
+FLAX_MAE_NAMES = [(r"(stages|layers)_(\d+)/", r"\1.\2."), (r"/", ".")]
+
+
+def _flax_config(config):
+    """A published model_config as our constructor's arguments. ValueError names a choice that is not built here."""
+    for key, value in FLAX_FIXED.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"model_config has {key} = {config[key]}, and only {value} is built here")
+    return {key: value for key, value in config.items() if key not in FLAX_FIXED and key not in FLAX_IGNORED}
+
+
+def _flax_state_dict(params, names):
+    """{flax path: array} -> our state dict. flax kernels are (in, out) and (h, w, in, out); ours (out, in, [h, w])."""
+    state, styles = {}, {}
+    for path in list(params):
+        array, name = params.pop(path).float(), path  # popped: a converted array's original is freed at once
+        for pattern, ours in names:
+            name = re.sub(pattern, ours, name)
+        if name.endswith("kernel"):
+            array = array.permute(*((1, 0) if array.ndim == 2 else (3, 2, 0, 1)))
+        name = re.sub(r"(kernel|scale|embedding)$", "weight", name)
+        if name.startswith("style_embed."):
+            styles[int(name.split(".")[1])] = array
+        else:
+            state[name] = array.contiguous()
+    if styles:
+        state["style_embed"] = torch.stack([styles[i] for i in sorted(styles)])
+    return state
+
+
+def read_flax(path):
+    """A flax msgpack file as {path/of/keys: tensor}: maps, arrays and numbers, no other Python object is ever built.
+
+    An array is ext type 1 (3: a scalar) holding msgpack (shape, dtype name, bytes); arrays of over 2^30 bytes are maps
+    of chunks. Raises ValueError for a truncated or foreign file.
+    """
+    import msgpack
+
+    def array(code, data):
+        if code not in (1, 3):
+            raise ValueError(f"ext type {code}")
+        shape, dtype, raw = msgpack.unpackb(data)
+        return torch.frombuffer(bytearray(raw), dtype=getattr(torch, dtype)).reshape(tuple(shape))
+
+    def flatten(tree, prefix=""):
+        for key, value in tree.items():
+            if isinstance(value, dict) and "__msgpack_chunked_array__" in value:
+                shape = [value["shape"][k] for k in sorted(value["shape"], key=int)]
+                chunks = [value["chunks"][k] for k in sorted(value["chunks"], key=int)]
+                yield prefix + key, torch.cat(chunks).reshape(shape)
+            elif isinstance(value, dict):
+                yield from flatten(value, f"{prefix}{key}/")
+            elif isinstance(value, torch.Tensor):
+                yield prefix + key, value
+            else:
+                raise ValueError(f"{prefix}{key} holds a {type(value).__name__}, not an array")
+
+    try:
+        with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            tree = msgpack.unpackb(mapped, ext_hook=array, strict_map_key=True)
+        return dict(flatten(tree))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: not found; the authors' artifact is metadata.json + ema_params.msgpack") from None
+    except Exception as error:  # msgpack raises a dozen kinds for bytes that are not what they should be
+        raise ValueError(f"{path}: truncated, or not a flax msgpack file ({type(error).__name__}: {error})") from None

@@ -1,0 +1,217 @@
+"""The loss, its features, its guidance and its queue: against the authors' numbers, plain loops and closed forms."""
+import numpy as np
+import pytest
+import torch
+
+import drift
+import reference
+from conftest import FIXTURES, relative_error
+
+
+def case(i):
+    data = np.load(FIXTURES / "drift_loss.npz")
+    return {k.split("/")[1]: torch.from_numpy(data[k]) for k in data.files if k.startswith(f"case{i}/")}
+
+
+def loss_and_grad(function, gen, *args, **options):
+    gen = gen.clone().requires_grad_()
+    loss = function(gen, *args, **options)
+    loss, info = loss if isinstance(loss, tuple) else (loss, {})
+    loss.mean().backward()
+    return loss.detach(), gen.grad, info
+
+
+@pytest.mark.parametrize("i", range(4))  # 1: no negatives; 3: a generated sample twice
+def test_loss_matches_the_release(i):
+    c = case(i)
+    loss, grad, info = loss_and_grad(drift.drift_loss, c["gen"], c["pos"], c.get("neg"), c.get("weight_neg"))
+    assert relative_error(loss, c["loss"]) < 1e-5
+    assert relative_error(grad, c["grad_of_mean"]) < 1e-4
+    assert info["scale"].item() == pytest.approx(c["info_scale"].item(), rel=1e-5)
+    for tau in drift.TEMPERATURES:
+        assert info[f"force_{tau}"].item() == pytest.approx(c[f"info_loss_{tau}"].item(), rel=1e-4)
+
+
+def random_case(B=3, G=6, P=5, U=4, C=8, offset=0.0, dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    rand = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)  # noqa: E731
+    gen, pos, neg = rand(B, G, C) + offset, rand(B, P, C) * 0.7 + 0.5 + offset, rand(B, U, C) + offset
+    return gen, pos, neg, rand(B, U).abs() * 3
+
+
+def test_closed_form_gradient_is_autograds():
+    """In float64 the two agree to rounding: nothing of V is in the gradient, and all of the loss is."""
+    args = random_case(dtype=torch.float64)
+    (a, grad_a, _), (b, grad_b, _) = loss_and_grad(drift.drift_loss, *args), loss_and_grad(reference.drift_loss, *args)
+    assert relative_error(a, b) < 1e-9 and relative_error(grad_a, grad_b) < 1e-9
+
+
+def test_far_from_the_origin_no_digits_are_lost():
+    """Features share offsets many times their spread: a plain Gram product in float32 is 100 times worse here."""
+    args = random_case(offset=100.0)
+    exact = loss_and_grad(reference.drift_loss, *(a.double() for a in args))[1]
+    ours, plain = (relative_error(loss_and_grad(f, *args)[1], exact) for f in (drift.drift_loss, reference.drift_loss))
+    assert ours < 1e-5 and plain > 20 * ours
+
+
+def test_computed_in_float32_under_bfloat16():
+    args = random_case()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = loss_and_grad(drift.drift_loss, *args)
+    outside = loss_and_grad(drift.drift_loss, *args)
+    assert torch.equal(inside[0], outside[0]) and torch.equal(inside[1], outside[1])
+    half = args[0].bfloat16()
+    loss, grad, _ = loss_and_grad(drift.drift_loss, half, *args[1:])
+    assert loss.dtype == torch.float32 and grad.dtype == torch.bfloat16
+    assert torch.equal(loss, loss_and_grad(drift.drift_loss, half.float(), *args[1:])[0])
+
+
+def test_nothing_moves_when_the_distributions_match():
+    """Anti-symmetry, on two independent draws of one distribution: a multiplier that breaks it makes a force of its own."""
+    g = torch.Generator().manual_seed(0)
+    gen, pos = torch.randn(2, 1, 2000, 2, generator=g)
+
+    def force(pos, attraction=1.0):
+        nothing = gen[:, :0], gen[:, :0, 0]
+        return drift.drifting_field(gen, pos, *nothing, (0.2,), "both", attraction, 1.0, lambda s: s)[2]["force_0.2"].item()
+
+    matched = force(pos)
+    assert matched < 0.02 * force(pos + 0.5) and matched < 0.05 * force(pos, attraction=1.5)
+
+
+def test_attraction_and_repulsion_are_multipliers_of_their_terms():
+    """Written as a loop over samples: V = a sum_pos c (y - x) - r sum_neg c (y - x), for each kernel of Table 11."""
+    gen, pos, neg, weight = random_case(B=2, dtype=torch.float64)
+    for kernel in ("both", "targets", "none"):
+        force, step, info = drift.drifting_field(gen, pos, neg, weight, (0.2,), kernel, 1.5, 0.5, lambda s: s)
+        expected = torch.zeros_like(gen)
+        targets = torch.cat([gen, neg, pos], 1)
+        (B, G, _), U, N = gen.shape, neg.shape[1], targets.shape[1]
+        for b in range(B):
+            w = [1.0] * G + weight[b].tolist() + [1.0] * pos.shape[1]
+            logit = torch.tensor([[-(gen[b, i] - targets[b, j]).norm().clamp_min(1e-4) / info["scale"] / 0.2
+                                   - (500 if i == j else 0) for j in range(N)] for i in range(G)], dtype=torch.float64)
+            k = logit.exp()
+            for i in range(G):
+                square = {"both": lambda j: k[i, j] / k[i].sum() * k[i, j] / k[:, j].sum(),
+                          "targets": lambda j: (k[i, j] / k[i].sum()) ** 2, "none": lambda j: k[i, j] ** 2}[kernel]
+                A = [max(square(j), torch.tensor(1e-6, dtype=torch.float64)) ** 0.5 * w[j] for j in range(N)]
+                plus, minus = sum(A[G + U:]), sum(A[:G + U])
+                for j in range(N):
+                    c = 1.5 * A[j] * minus if j >= G + U else -0.5 * A[j] * plus
+                    expected[b, i] += c * (targets[b, j] - gen[b, i]) / step
+        expected /= expected.square().mean().sqrt()
+        assert relative_error(force, expected) < 1e-9, kernel
+    with pytest.raises(ValueError, match="both, targets or none"):
+        drift.drift_loss(gen, pos, kernel="cosine")
+
+
+def test_pieces_with_shared_sums_equal_the_whole():
+    """`reduce` adds up the sums of all pieces, as an all-reduce does: loss and gradient are those of one batch."""
+    args = random_case(B=8)
+    whole, whole_grad, _ = loss_and_grad(drift.drift_loss, *args)
+
+    def pieces(share):
+        """Run the pieces in lockstep: the k-th sums of each are known once those before them have been shared."""
+        totals = []
+        for _ in range(3):  # pass 1 finds the first total, pass 2 the second, pass 3 uses both
+            found = []
+
+            def reduce(sums):
+                calls.append(sums)
+                return totals[len(calls) - 1] if share and len(calls) <= len(totals) else sums
+
+            results = []
+            for part in zip(*(a.split([2, 5, 1]) for a in args)):
+                calls = []
+                results.append(loss_and_grad(drift.drift_loss, *part, reduce=reduce))
+                found.append(calls)
+            totals = [sum(s) for s in zip(*found)]
+        grads = [r[1] * len(r[1]) / 8 for r in results]  # the mean over a piece against the mean over all
+        return torch.cat([r[0] for r in results]), torch.cat(grads)
+
+    loss, grad = pieces(share=True)
+    assert relative_error(loss, whole) < 1e-6 and relative_error(grad, whole_grad) < 1e-5
+    _, local_grad = pieces(share=False)
+    assert relative_error(local_grad, whole_grad) > 1e-2  # what plain data parallelism would train
+
+
+def test_no_graph_over_the_pairs():
+    gen, pos, neg, weight = random_case(G=64, P=64, U=16, C=4)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        drift.drift_loss(gen.requires_grad_(), pos, neg, weight)[0].mean().backward()
+    assert saved == [gen.shape]
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    gen, pos, neg, weight = random_case()
+    for args in [(gen, pos[:2]), (gen, pos[..., :4]), (gen, pos, neg, weight[:, :2]), (gen, pos, neg[:1], weight)]:
+        with pytest.raises(ValueError, match="must be"):
+            drift.drift_loss(*args)
+
+
+def test_locations_are_entries_of_their_own():
+    """Sum over features of the mean over labels and locations: a loop over locations gives the same."""
+    g = torch.Generator().manual_seed(0)
+    make = lambda n: {"a": torch.randn(2, n, 3, 5, generator=g), "b": torch.randn(2, n, 1, 4, generator=g)}  # noqa: E731
+    gen, pos, neg, weight = make(4), make(6), make(2), torch.rand(2, 2, generator=g)
+    total, losses, _ = drift.feature_drift_loss(gen, pos, neg, weight)
+    assert total.item() == pytest.approx(sum(losses.values()).item())
+    for name, f in gen.items():
+        T = f.shape[2]
+        entries = [torch.stack([x[name][l, :, t] for l in range(2) for t in range(T)]) for x in (gen, pos, neg)]
+        expected = reference.drift_loss(*entries, torch.stack([weight[l] for l in range(2) for _ in range(T)])).mean()
+        assert losses[name].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_multi_scale_features_by_hand():
+    x = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    features = drift.multi_scale_features({"m": x})
+    assert set(features) == {"m", "m_mean", "m_std", "m_mean_2", "m_std_2"}  # 4 does not divide 6
+    a = x.numpy()
+    assert np.allclose(features["m"][1, 2 * 6 + 5], a[1, :, 2, 5])
+    assert np.allclose(features["m_mean"][0, 0], a[0].mean((1, 2)), atol=1e-6)
+    assert np.allclose(features["m_std"][0, 0], np.sqrt(a[0].var((1, 2)) + 1e-6), atol=1e-6)
+    patch = a[1, :, 2:4, 4:6]  # second row, third column of 2 x 2 patches
+    assert np.allclose(features["m_mean_2"][1, 1 * 3 + 2], patch.mean((1, 2)), atol=1e-6)
+    assert np.allclose(features["m_std_2"][1, 1 * 3 + 2], np.sqrt(patch.var((1, 2)) + 1e-6), atol=1e-6)
+
+
+@pytest.mark.parametrize("power", [1, 3, 5])
+def test_alpha_has_the_density_of_the_paper(power):
+    alpha = drift.sample_alpha(200_000, power, 0.0, np.random.default_rng(0)).double()
+    assert alpha.min() >= 1 and alpha.max() <= 4
+    x = torch.linspace(1, 4, 100_001, dtype=torch.float64)
+    density = x**-power / torch.trapezoid(x**-power, x)
+    for bound in (1.1, 1.5, 2.0, 3.0):
+        expected = torch.trapezoid(density[x <= bound], x[x <= bound]).item()
+        assert (alpha <= bound).double().mean().item() == pytest.approx(expected, abs=0.005)
+    fixed = drift.sample_alpha(100_000, power, 0.5, np.random.default_rng(0))
+    assert (fixed == 1).double().mean().item() == pytest.approx(0.5, abs=0.01)
+
+
+def test_unconditional_weight():
+    weight = drift.unconditional_weight(torch.tensor([1.0, 2.5]), 64, 16)
+    assert weight.shape == (2, 16) and weight[0].eq(0).all() and weight[1].eq(1.5 * 63 / 16).all()
+
+
+def test_queue_keeps_the_latest_of_each_class():
+    """Against lists: random pushes, some with more of a class than its ring holds."""
+    rng, queue = np.random.default_rng(0), drift.SampleQueue(3, per_class=4, overall=7)
+    lists, overall = [[], [], []], []
+    for step in range(30):
+        n = int(rng.integers(1, 16))
+        ids, labels = torch.arange(n) + 100 * step, torch.from_numpy(rng.integers(0, 3, n))
+        queue.push(ids, labels)
+        for i, label in zip(ids.tolist(), labels.tolist()):
+            lists[label].append(i)
+            overall.append(i)
+        for label in range(3):
+            assert sorted(i for i in queue.ids[label].tolist() if i >= 0) == sorted(lists[label][-4:])
+        assert sorted(i for i in queue.any_ids.tolist() if i >= 0) == sorted(overall[-7:])
+    drawn = queue.draw(1, 4, rng)
+    assert sorted(drawn.tolist()) == sorted(lists[1][-4:])  # without replacement: four of four are all of them
+    assert len(set(queue.draw_any(7, rng).tolist())) == 7
+    with pytest.raises(ValueError, match="class 2 holds 4 samples and 5"):
+        queue.draw(2, 5, rng)
