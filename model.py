@@ -21,9 +21,10 @@ from drift import full, multi_scale_features
 HUB_CARD = dict(library_name="drifting", license="mit", tags=["drifting", "one-step-generation"],
                 paper_url="https://arxiv.org/abs/2602.04770")
 
-# Table 8. S is ours, for small images on small machines.
+# Table 8. XS and S are ours, for small images on small machines.
 GENERATOR_SIZES = {
-    "S": dict(hidden_size=128, depth=4, num_heads=4, n_cls_tokens=4),
+    "XS": dict(hidden_size=128, depth=4, num_heads=4, n_cls_tokens=4),
+    "S": dict(hidden_size=384, depth=10, num_heads=6),
     "B": dict(hidden_size=768, depth=12, num_heads=12),
     "L": dict(hidden_size=1024, depth=24, num_heads=16),
 }
@@ -208,10 +209,6 @@ class MAE(nn.Module, PyTorchModelHubMixin, **HUB_CARD):
     def patchify(self, x):
         p = self.input_patch_size
         return rearrange(x, "n c (h p) (w q) -> n (p q c) h w", p=p, q=p)
-
-    def random_mask(self, n, size, generator, share=0.5):
-        """[n, size, size] on the grid of masking patches of a map of side `size * patch_size`; 1 = hidden."""
-        return (torch.rand(n, size, size, generator=generator) < share).float()
 
     def forward(self, x, mask, labels):
         """x [n, c, h, w], mask [n, h', w'] on the grid of masking patches, labels [n].
