@@ -11,7 +11,6 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "tests" / "fixtures"
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
 
 
 def nchw(array):
