@@ -57,7 +57,7 @@ def drift_loss(gen, pos, neg=None, weight_neg=None, *, temperatures=TEMPERATURES
 
 
 def drifting_field(gen, pos, neg, weight_neg, temperatures, kernel, attraction, repulsion, reduce):
-    """V of eq. 8-11 summed over the temperatures, for features scaled to a mean distance of 1. Float32, no autograd.
+    """V of sec. 3.2 summed over the temperatures (A.6), for features scaled to a mean distance of 1. Float32, no autograd.
 
     Returns (force [B, G, C] in the scaled space, the size `step` of that space's unit in feature units, info).
     """
@@ -68,7 +68,7 @@ def drifting_field(gen, pos, neg, weight_neg, temperatures, kernel, attraction, 
     weight = torch.cat([gen.new_ones(B, G), weight_neg, gen.new_ones(B, pos.shape[1])], 1)[:, None]  # [B, 1, N]
     dist = pairwise_distance(gen, targets)                                                       # [B, G, N]
 
-    # One scale for the whole feature, over every label and location of the global batch (A.5): mean(dist w) / mean(w).
+    # One scale for the whole feature, over every label and location of the global batch (A.6): mean(dist w) / mean(w).
     # Scales per label, or per process, would train another loss.
     sums = reduce(torch.stack([(dist * weight).sum(dtype=torch.float64), G * weight.sum(dtype=torch.float64)]))
     scale = (sums[0] / sums[1]).to(gen.dtype)
@@ -78,10 +78,10 @@ def drifting_field(gen, pos, neg, weight_neg, temperatures, kernel, attraction, 
 
     forces = []
     for tau in temperatures:
-        A = affinity(-dist / tau, kernel) * weight    # after the softmaxes: inside, a weight would act as its root
-        A_neg, A_pos = A.split([G + U, pos.shape[1]], 2)
-        coeff = torch.cat([-repulsion * A_neg * A_pos.sum(2, keepdim=True),                      # eq. 11
-                           attraction * A_pos * A_neg.sum(2, keepdim=True)], 2)                  # [B, G, N]
+        coeff = affinity(-dist / tau, kernel).mul_(weight)  # after the softmaxes: inside, a weight would act as its root
+        A_neg, A_pos = coeff[:, :, :G + U], coeff[:, :, G + U:]                                  # views
+        sum_neg, sum_pos = A_neg.sum(2, keepdim=True), A_pos.sum(2, keepdim=True)                # [B, G, 1]
+        A_neg.mul_(-repulsion * sum_pos), A_pos.mul_(attraction * sum_neg)
         forces.append((coeff @ targets - coeff.sum(2, keepdim=True) * gen) / step)               # [B, G, C]
 
     # Each temperature's force gets unit mean square, again one scalar over the whole global batch (A.6).
@@ -100,11 +100,11 @@ def pairwise_distance(x, y):
 
 
 def affinity(logits, kernel):
-    """Normalised kernel exp(logits) [B, G, N]: Z of eq. 11 by a softmax over targets and one over samples (A.6)."""
+    """Normalised kernel exp(logits) [B, G, N] (A.6, Table 11): the root of a softmax over targets times one over samples."""
     if kernel == "both":
-        square = logits.softmax(2) * logits.softmax(1)
+        square = logits.softmax(2).mul_(logits.softmax(1))
     elif kernel == "targets":
-        square = logits.softmax(2).square()
+        square = logits.softmax(2).square_()
     elif kernel == "none":
         square = (2 * logits).exp()
     else:

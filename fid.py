@@ -616,7 +616,7 @@ def command_neighbours(args, extractor):
     print(f"{args.out}: in each row a generated image, then the training images nearest to it")
 
 
-def parse_args():
+def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="ref | eval | neighbours")
     ref = commands.add_parser("ref", help="statistics of real images, for --ref", allow_abbrev=False)
@@ -647,7 +647,7 @@ def parse_args():
         command.add_argument("--inception", help="Inception's weights (default: downloaded)")
         command.add_argument("--resize", choices=("tf1", "half"), help="tf1 (default): as ADM; half: as the paper")
         command.add_argument("--batch_size", type=int, default=64, help="images at a time (default: %(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     # A flag that would be ignored is an error.
     if args.features != "inception" and (args.inception or args.resize):
         parser.error("--inception and --resize belong to --features inception")
@@ -663,7 +663,7 @@ def parse_args():
 
 
 def main():
-    args = parse_args()
+    args = parse()
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if "RANK" in os.environ:  # started by torchrun
         if args.device == "cuda":

@@ -211,7 +211,7 @@ def _write(folder, images, labels, shape, classes, source):
     print(f"{folder}: {len(labels)} images {shape[1:]}, {len(classes)} classes of {min(counts)} to {max(counts)} images")
 
 
-def main():
+def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--data", default="digits", help="folder or .zip of class folders, or `digits` (default)")
@@ -219,7 +219,11 @@ def main():
     parser.add_argument("--size", type=int, help="centre crop and resize to SIZE x SIZE (default: images as they are)")
     parser.add_argument("--channels", type=int, choices=(1, 3), default=3, help="1: greyscale (default: %(default)s)")
     parser.add_argument("--skip_broken", action="store_true", help="name broken images and go on, instead of stopping")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main():
+    args = parse()
     try:
         prepare(args.data, args.out, args.size, args.channels, args.skip_broken)
     except (OSError, ValueError) as error:

@@ -1,9 +1,9 @@
 """Draw images from a trained generator, one forward pass each.
 
     python sample.py --ckpt runs/digits                                # a grid, one column a class: samples.png
-    python sample.py --ckpt runs/digits --classes 3 7 --cfg_scale 2.0 --num 40 --out sevens.png
-    python sample.py --ckpt runs/digits --num 1000 --out samples/      # a folder of PNGs;  --out x.npz: arr_0 uint8 NHWC
-    torchrun --nproc_per_node 8 sample.py --ckpt ... --num 50000 --out samples/
+    python sample.py --ckpt runs/digits --classes 3 7 --cfg_scale 2.0 --num_images 40 --out sevens.png
+    python sample.py --ckpt runs/digits --num_images 1000 --out samples/      # a folder of PNGs;  --out x.npz: arr_0 uint8 NHWC
+    torchrun --nproc_per_node 8 sample.py --ckpt ... --num_images 50000 --out samples/
 
 Image i is of class classes[i % len(classes)] and depends on (seed, i) alone: not on batch size, device or processes.
 """
@@ -65,24 +65,20 @@ def save_grid(images, columns, path, tile=64):
     partial.replace(path)
 
 
-def main():
+def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--ckpt", required=True, help="run folder, checkpoint folder, or folder of the authors' artifact")
     parser.add_argument("--classes", type=int, nargs="+", help="class numbers (default: all, at most ten)")
     parser.add_argument("--cfg_scale", type=float, default=1.0, help="guidance alpha, 1 to 4 (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, help="multiplies the noise (default: %(default)s)")
-    parser.add_argument("--num", type=int, help="images in all (default: 8 a class)")
+    parser.add_argument("--num_images", type=int, help="images in all (default: 8 a class)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--out", default="samples.png", help="X.png: a grid; X.npz: arr_0 uint8 [N, H, W, C]; else a folder "
                         "of PNGs (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    args = parser.parse_args()
-    try:
-        run(args)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"sample.py: {error}") from None
+    return parser.parse_args(argv)
 
 
 def run(args):
@@ -98,7 +94,7 @@ def run(args):
     classes = args.classes or list(range(min(10, generator.num_classes)))
     if not all(0 <= c < generator.num_classes for c in classes):
         raise ValueError(f"--classes: this generator knows 0 to {generator.num_classes - 1}")
-    n = args.num or 8 * len(classes)
+    n = args.num_images or 8 * len(classes)
     (out.parent if out.suffix in (".png", ".npz") else out).mkdir(parents=True, exist_ok=True)
 
     images, start = [], time.time()
@@ -118,6 +114,13 @@ def run(args):
         np.savez(out, arr_0=torch.cat(images).permute(0, 2, 3, 1).numpy())
     if rank == 0:
         print(f"{out}: {n} images, {len(indices) / (time.time() - start):.1f} a second on this process")
+
+
+def main():
+    try:
+        run(parse())
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"sample.py: {error}") from None
 
 
 if __name__ == "__main__":

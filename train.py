@@ -29,10 +29,21 @@ import sample
 
 # What differs from the defaults of the options below. A row ends with what it reached.
 PRESETS = {
-    "digits_encoder": dict(stage="encoder", data="data/digits", base_channels=32, layers=[2, 2, 2], batch_size=128, steps=400,
+    "digits_encoder": dict(stage="encoder", data="data/digits", base_channels=32, layers=[1, 1, 1], batch_size=128, steps=400,
                            lr=2e-3, warmup=50, cls_steps=150, cls_ramp=50, ema_decay=0.99, sample_every=200),
     "digits": dict(stage="generator", data="data/digits", encoder="digits_encoder", model="XS", labels=10, gen=16, pos=24,
-                   uncond=8, alpha_power=3, steps=450, lr=1e-3, warmup=30, ema_decay=0.99, reals="index", sample_every=75),
+                   uncond=8, steps=450, lr=2e-3, warmup=30, cooldown=300, ema_decay=0.99, reals="index", sample_every=75),
+    # For one modern GPU and about an hour, by arithmetic; not run yet.
+    "cifar10_encoder": dict(stage="encoder", data="data/cifar10", base_channels=64, batch_size=512, steps=8000, lr=1e-3,
+                            warmup=500, crop_scale=0.2, cls_steps=3000, ema_decay=0.999, save_every=2000),
+    "cifar10": dict(stage="generator", data="data/cifar10", encoder="cifar10_encoder", model="S", labels=10, gen=64, pos=64,
+                    uncond=16, steps=10000, lr=4e-4, warmup=500, flip=True, ema_decay=0.999),
+    # For two CPU cores: shows progress, not more.
+    "cifar10_cpu_encoder": dict(stage="encoder", data="data/cifar10", base_channels=32, layers=[1, 1, 1], batch_size=64,
+                                steps=400, lr=1e-3, warmup=50, cls_steps=200, cls_ramp=50, ema_decay=0.99, sample_every=200),
+    "cifar10_cpu": dict(stage="generator", data="data/cifar10", encoder="cifar10_cpu_encoder", model="XS", patch_size=4,
+                        labels=4, gen=16, pos=16, uncond=8, push=64, steps=1000, lr=1e-3, warmup=50, flip=True, ema_decay=0.99,
+                        sample_every=50, save_every=100),
 }
 
 
@@ -411,7 +422,7 @@ def load_checkpoint(out, args, net, ema, optimizer, stage):
         ema.load_state_dict(load_file(folder / "model.safetensors", device=args.device))
     except RuntimeError as error:
         raise ValueError(f"{folder} is of another model than these options build; choose another --out "
-                         f"({str(error).splitlines()[1].strip()})") from None
+                         f"({str(error).splitlines()[1].strip():.100}...)") from None
     slots = {}
     for name, value in part("optimizer.").items():
         i, key = name.split(".")
