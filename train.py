@@ -96,6 +96,10 @@ def build_parser(preset=None):
                    "samples (the paper's), or from the whole class")
     g.add_argument("--push", type=int, default=1024, help="fresh samples pushed into the queues each step")
     g.add_argument("--flip", action="store_true", help="mirror real images at random")
+    g.add_argument("--eval_every", type=int, default=0, help="steps between evaluations of the EMA weights; 0: none")
+    g.add_argument("--eval_images", type=int, default=10000, help="generated images an evaluation")
+    g.add_argument("--eval_features", default="inception", help="inception (FID), pixels or encoder:CKPT (FD)")
+    g.add_argument("--eval_ref", help="reference statistics of fid.py ref (None: made of --data at the start)")
     g.add_argument("--kernel", choices=("both", "targets", "none"), default="both", help="Table 11: normalised over")
     g.add_argument("--attraction", type=float, default=1.0, help="Table 1: multiplies V+")
     g.add_argument("--repulsion", type=float, default=1.0, help="Table 1: multiplies V-")
@@ -302,10 +306,9 @@ def main(argv):
         encoder_run = f"runs/{args.encoder}"
         main(["--preset", args.encoder, "--data", args.data, "--device", args.device])
         args.encoder = encoder_run
-    if Path(args.data).name == "digits" and not Path(args.data).exists():
-        if get_rank() == 0:
-            prepare_data.prepare("digits", args.data)
-        barrier()
+    if get_rank() == 0 and Path(args.data).name == "digits" and not Path(args.data).exists():
+        prepare_data.prepare("digits", args.data)
+    barrier()
     data = prepare_data.Dataset(args.data)
     out, main_process = Path(args.out), get_rank() == 0
 
@@ -323,10 +326,11 @@ def main(argv):
         out.mkdir(parents=True, exist_ok=True)
         print_options(args, sum(p.numel() for p in params), data, start)
 
+    evaluator = Evaluator(args) if args.stage == "generator" and args.eval_every else None
     from tqdm import tqdm
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.out, disable=not main_process,
                     mininterval=1)
-    began, data_seconds = time.time(), 0.0
+    began = time.time()
     for step in progress:
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
@@ -351,6 +355,8 @@ def main(argv):
                 with open(out / "log.jsonl", "a") as f:
                     f.write(json.dumps(line) + "\n")
                 progress.set_postfix_str(f"loss {values['loss']:.3f}")
+        if evaluator and (done % args.eval_every == 0 or done == 1):  # at step 1 few images, so that it fails at once if at all
+            evaluator(ema, done, args.eval_images if done % args.eval_every == 0 else 100)
         if main_process and (done % args.sample_every == 0 or done in (1, args.steps)):
             with torch.no_grad():
                 sample.save_grid(*stage.preview(ema), out / f"samples_{done:08d}.png")
@@ -359,6 +365,31 @@ def main(argv):
     barrier()
     log_line(f"{out}: {args.steps} steps; weights in {model.latest_checkpoint(out)}, "
              f"pictures in {out}/samples_{args.steps:08d}.png")
+
+
+class Evaluator:
+    """fid.py inside training, on all processes: figures go to log.jsonl, the best EMA weights to OUT/best."""
+
+    def __init__(self, args):
+        import fid
+        self.fid, self.args, self.best = fid, args, Path(args.out) / "best"
+        self.extractor = fid.load_extractor(args.eval_features, device=args.device)
+        self.reference = fid.open_reference(self.extractor, args.eval_ref, None if args.eval_ref else args.data)
+
+    def __call__(self, ema, step, num_images):
+        row = self.fid.evaluate(self.fid.generated(ema, seed=self.args.seed), num_images, self.extractor, self.reference)
+        if get_rank() > 0:
+            return
+        with open(Path(self.args.out) / "log.jsonl", "a") as f:
+            f.write(json.dumps({"step": step, **row}) + "\n")
+        score, score_file = row.get("fid", row.get("fd")), self.best / "score.json"
+        if num_images < self.args.eval_images or score_file.is_file() and json.loads(score_file.read_text())["score"] <= score:
+            return
+        partial = self.best.with_suffix(".tmp")
+        ema.save_pretrained(partial)
+        (partial / "score.json").write_text(json.dumps({"score": score, "step": step, **row}))
+        shutil.rmtree(self.best, ignore_errors=True)
+        partial.rename(self.best)
 
 
 def learning_rate(step, args):
@@ -388,15 +419,19 @@ def save_checkpoint(out, step, args, net, ema, optimizer, stage):
         state.update({f"optimizer.{i}.{key}": value for key, value in slots.items()})
     if getattr(stage, "queue", None):
         state.update({f"queue.{name}": value for name, value in stage.queue.state_dict().items()})
-    ema.save_pretrained(partial)
-    save_file({name: t.contiguous() for name, t in state.items()}, partial / "train_state.safetensors",
-              metadata={"step": str(step), "options": json.dumps(vars(args))})
-    for path in [*partial.iterdir(), partial]:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    try:
+        ema.save_pretrained(partial)
+        save_file({name: t.contiguous() for name, t in state.items()}, partial / "train_state.safetensors",
+                  metadata={"step": str(step), "options": json.dumps(vars(args))})
+        for path in [*partial.iterdir(), partial]:
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+        partial.rename(folder)
+    except Exception as error:  # safetensors has an error of its own for a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"{folder} could not be saved ({error}); the checkpoints before it are untouched. Make room and run "
+                      "again: it resumes") from None
     for old in sorted(out.glob("step_" + "[0-9]" * 8))[:-2]:
         shutil.rmtree(old)
 

@@ -1,6 +1,7 @@
 """train.py and sample.py by running them: small runs that are stopped, resumed, split over processes and sampled."""
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import fid
 import model
 import prepare_data
 import sample
@@ -140,6 +142,24 @@ def test_the_average_is_an_exponential_one(home):
     assert all(torch.allclose(v, average[k], atol=1e-6) for k, v in ema.items())
 
 
+def test_evaluation_inside_training(home):
+    """Its figures are those of fid.py afterwards, the best weights are kept, and the training goes on as without it."""
+    evaluated = changed(GENERATOR, out="runs/evaluated", eval_every=3, eval_images=120, eval_features="encoder:runs/e")
+    train.main(evaluated)
+    train.main(changed(GENERATOR, out="runs/plain"))
+    plain, found = weights("runs/plain"), weights("runs/evaluated")
+    assert all(torch.equal(v, found[k]) for k, v in plain.items())
+    rows = [line for line in log("runs/evaluated") if "fd" in line]
+    assert [(row["step"], row["num_images"]) for row in rows] == [(1, 100), (3, 120), (6, 120)]
+    extractor = fid.load_extractor("encoder:runs/e")
+    reference = fid.open_reference(extractor, data="data/digits")
+    again = fid.evaluate(fid.generated(model.load_generator("runs/evaluated")), 120, extractor, reference)
+    assert again["fd"] == pytest.approx(rows[-1]["fd"], rel=1e-6)
+    best = json.loads((home / "runs/evaluated/best/score.json").read_text())
+    assert best["score"] == min(row["fd"] for row in rows[1:])
+    model.load_generator("runs/evaluated/best")
+
+
 def test_learning_rate():
     args = train.parse(changed(GENERATOR, steps=100, warmup=10, cooldown=20, lr=1.0))
     rates = [train.learning_rate(step, args) for step in range(100)]
@@ -189,6 +209,18 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_spoils_nothing(home):
     finally:
         train.GeneratorStage.loss = stage_loss
     assert all(v.isfinite().all() for v in weights("runs/nan", 4).values())
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(home):
+    """No file may grow beyond 1 MB, as on a full disk: one clear line, and the run goes on once there is room."""
+    args = changed(GENERATOR, out="runs/full", save_every=3)
+    train.main(changed(args, steps=3, cooldown=0))
+    limited = subprocess.run([sys.executable, str(ROOT / "train.py"), *changed(args, cooldown=0)], capture_output=True, text=True,
+                             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)))
+    assert limited.returncode == 1 and "step_00000006 could not be saved" in limited.stderr.splitlines()[-1]
+    assert [p for p in os.listdir("runs/full") if p.startswith("step_")] == ["step_00000003"]
+    train.main(changed(args, cooldown=0))
+    assert model.latest_checkpoint("runs/full").name == "step_00000006"
 
 
 def test_crop_resize():
