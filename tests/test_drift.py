@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import drift
 import reference
@@ -215,3 +216,34 @@ def test_queue_keeps_the_latest_of_each_class():
     assert len(set(queue.draw_any(7, rng).tolist())) == 7
     with pytest.raises(ValueError, match="class 2 holds 4 samples and 5"):
         queue.draw(2, 5, rng)
+
+
+@pytest.mark.parametrize("experiment", ["two_modes_between", "two_modes_far", "two_modes_collapsed"])
+def test_no_mode_is_lost(experiment):
+    """Sec. 5.1, shortened: wherever the samples start, each mode ends with half of them."""
+    frames, losses, forces = drift.toy_experiment(experiment, steps=960, n=128, real=256)
+    shares = drift.describe("two_modes", frames[-1])
+    assert 0.45 < shares["left"] < 0.55 and 0.45 < shares["right"] < 0.55
+    assert drift.describe("two_modes", frames[0])["right"] < 0.2
+    assert np.mean(forces[-50:]) < 0.2 * np.mean(forces[:10])  # the force falls; the loss does not tell
+
+
+def test_the_checkerboard_is_learned(tmp_path):
+    """Shortened: three quarters of the way to the figure in the README, all squares populated; and its animation."""
+    frames, losses, forces = drift.toy_experiment("checkerboard", steps=960, n=128, real=512)
+    numbers = drift.describe("checkerboard", frames[-1])
+    assert numbers["in dark squares"] > 0.75 and numbers["emptiest of them"] > 0.05
+    drift.save_animation("checkerboard", frames, losses, forces, tmp_path / "x.gif")
+    with Image.open(tmp_path / "x.gif") as gif:
+        assert gif.n_frames == len(frames) == 49
+
+
+def test_targets_are_what_their_descriptions_count():
+    g = torch.Generator().manual_seed(0)
+    board = drift.describe("checkerboard", drift.draw_target("checkerboard", 4000, g))
+    assert board["in dark squares"] == 1 and board["emptiest of them"] > 0.1
+    assert drift.describe("checkerboard", drift.draw_target("checkerboard", 4000, g) + torch.tensor([1.0, 0.0]))["in dark squares"] == 0
+    modes = drift.describe("two_modes", drift.draw_target("two_modes", 4000, g))
+    assert all(0.47 < share < 0.53 for share in modes.values())
+    assert drift.describe("swiss_roll", drift.draw_target("swiss_roll", 1000, g))["within 0.1 of the roll"] > 0.95
+    assert drift.describe("swiss_roll", 2 * torch.randn(1000, 2, generator=g))["within 0.1 of the roll"] < 0.4
