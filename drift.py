@@ -20,7 +20,6 @@ Run this file for the paper's 2-D experiment (sec. 5.1): `python drift.py`, or o
 import math
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 
 TEMPERATURES = (0.02, 0.05, 0.2)  # A.6

@@ -643,7 +643,7 @@ def parse(argv=None):
     near.add_argument("--out", default="neighbours.png", help="default: %(default)s")
 
     for command in (ref, score, near):
-        command.add_argument("--features", default="inception", help="inception (default), pixels, or encoder:CKPT (then FD, not FID)")
+        command.add_argument("--features", default="inception", help="inception (default), pixels, encoder:CKPT (then FD)")
         command.add_argument("--inception", help="Inception's weights (default: downloaded)")
         command.add_argument("--resize", choices=("tf1", "half"), help="tf1 (default): as ADM; half: as the paper")
         command.add_argument("--batch_size", type=int, default=64, help="images at a time (default: %(default)s)")

@@ -242,7 +242,8 @@ def test_targets_are_what_their_descriptions_count():
     g = torch.Generator().manual_seed(0)
     board = drift.describe("checkerboard", drift.draw_target("checkerboard", 4000, g))
     assert board["in dark squares"] == 1 and board["emptiest of them"] > 0.1
-    assert drift.describe("checkerboard", drift.draw_target("checkerboard", 4000, g) + torch.tensor([1.0, 0.0]))["in dark squares"] == 0
+    shifted = drift.draw_target("checkerboard", 4000, g) + torch.tensor([1.0, 0.0])
+    assert drift.describe("checkerboard", shifted)["in dark squares"] == 0
     modes = drift.describe("two_modes", drift.draw_target("two_modes", 4000, g))
     assert all(0.47 < share < 0.53 for share in modes.values())
     assert drift.describe("swiss_roll", drift.draw_target("swiss_roll", 1000, g))["within 0.1 of the roll"] > 0.95

@@ -23,8 +23,8 @@ from conftest import ROOT, relative_error
 
 ENCODER = ("--stage encoder --data data/digits --out runs/e --base_channels 64 --layers 1 1 --batch_size 16 --steps 6 --lr 1e-3 "
            "--warmup 2 --cls_steps 3 --cls_ramp 2 --log_every 1 --save_every 3 --sample_every 100").split()
-GENERATOR = ("--data data/digits --out runs/g --encoder runs/e --model XS --labels 4 --gen 4 --pos 6 --uncond 2 --steps 6 --lr 1e-3 "
-             "--warmup 2 --cooldown 2 --push 32 --log_every 1 --save_every 3 --sample_every 100").split()
+GENERATOR = ("--data data/digits --out runs/g --encoder runs/e --model XS --labels 4 --gen 4 --pos 6 --uncond 2 --steps 6 "
+             "--lr 1e-3 --warmup 2 --cooldown 2 --push 32 --log_every 1 --save_every 3 --sample_every 100").split()
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,8 @@ def changed(args, **options):
 
 
 def weights(run, step=6):
-    return {**load_file(f"{run}/step_{step:08d}/train_state.safetensors"), **load_file(f"{run}/step_{step:08d}/model.safetensors")}
+    folder = f"{run}/step_{step:08d}"
+    return {**load_file(f"{folder}/train_state.safetensors"), **load_file(f"{folder}/model.safetensors")}
 
 
 def log(run):
