@@ -337,14 +337,14 @@ def open_npz(path):
     return np.load(path, allow_pickle=False)  # a pickle could run code
 
 
-def generated(generator, cfg_scale=1.0, seed=0):
+def generated(generator, cfg_scale=1.0, seed=0, temperature=1.0):
     """read(indices) as of `open_images`, of a generator: image i has label i % classes and noise from (seed, i).
 
     No other random numbers are drawn: a training run that evaluates goes on as if it had not.
     """
     def read(indices):
         indices = torch.tensor(indices)
-        return to_uint8(generate(generator, indices % generator.num_classes, indices, cfg_scale=cfg_scale, seed=seed,
+        return to_uint8(generate(generator, indices % generator.num_classes, indices, cfg_scale, temperature, seed,
                                  batch_size=len(indices)))
     return read
 
@@ -508,7 +508,7 @@ def command_eval(args, extractor):
     if args.ckpt:
         generator = load_generator(args.ckpt).to(args.device)
         num_images = args.num_images or 50_000
-        sources = {scale: generated(generator, scale, args.seed) for scale in args.cfg_scale}
+        sources = {scale: generated(generator, scale, args.seed, args.temperature) for scale in args.cfg_scale}
     else:
         available, read = open_images(args.images)
         num_images, sources = args.num_images or available, {None: read}
@@ -522,7 +522,8 @@ def command_eval(args, extractor):
         title = "images" if scale is None else f"alpha {scale}"
         row = evaluate(read, num_images, extractor, reference, args.batch_size, title)
         if row is not None:
-            rows.append({"images": args.ckpt or args.images, "seed": args.seed, "cfg_scale": scale, **row,
+            rows.append({"images": args.ckpt or args.images, "seed": args.seed, "cfg_scale": scale,
+                         "temperature": args.temperature, **row,
                          "features": extractor.features, "resize": extractor.resize,
                          "ref": reference["ref"], "ref_sha256": reference["ref_sha256"]})
             print(json.dumps(rows[-1]), flush=True)
@@ -579,7 +580,8 @@ def command_neighbours(args, extractor):
     Copies would be nearer to training images than held-out ones (split `test`) are; noise farther; wrong classes have
     neighbours of another class; collapse brings the images of a class together.
     """
-    train, fake = Dataset(args.data), generated(load_generator(args.ckpt).to(args.device), args.cfg_scale, args.seed)
+    train, fake = Dataset(args.data), generated(load_generator(args.ckpt).to(args.device), args.cfg_scale, args.seed,
+                                              args.temperature)
     shapes = [list(x.shape[1:]) for x in (fake([0]), train.images)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"{args.ckpt} makes images {shapes[0]}, those in {args.data} are {shapes[1]}")
@@ -632,6 +634,7 @@ def parse(argv=None):
     score.add_argument("--num_images", type=int, help="default: 50000 of a checkpoint, all of --images")
     score.add_argument("--cfg_scale", type=float, nargs="+", help="alpha, 1.0 by default; several make a sweep")
     score.add_argument("--seed", type=int, help="of the noise, 0 by default")
+    score.add_argument("--temperature", type=float, help="multiplies the noise, 1.0 by default")
     score.add_argument("--out", default="alpha_sweep.png", help="picture of a sweep (default: %(default)s)")
 
     near = commands.add_parser("neighbours", help="generated images beside the nearest real ones", allow_abbrev=False)
@@ -640,6 +643,7 @@ def parse(argv=None):
     near.add_argument("--num_images", type=int, default=1000, help="generated images to compare (default: %(default)s)")
     near.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     near.add_argument("--cfg_scale", type=float, default=1.0, help="alpha (default: %(default)s)")
+    near.add_argument("--temperature", type=float, default=1.0, help="multiplies the noise (default: %(default)s)")
     near.add_argument("--out", default="neighbours.png", help="default: %(default)s")
 
     for command in (ref, score, near):
@@ -655,10 +659,11 @@ def parse(argv=None):
     if args.command == "eval":
         if not (args.ref or args.data):
             parser.error("give --ref STATISTICS or --data REAL_IMAGES to compare with")
-        if args.images and (args.cfg_scale or args.seed is not None):
-            parser.error("--cfg_scale and --seed belong to --ckpt")
+        if args.images and (args.cfg_scale or args.seed is not None or args.temperature is not None):
+            parser.error("--cfg_scale, --seed and --temperature belong to --ckpt")
         if args.ckpt:
             args.cfg_scale, args.seed = args.cfg_scale or [1.0], args.seed or 0
+            args.temperature = 1.0 if args.temperature is None else args.temperature
     return args
 
 

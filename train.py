@@ -29,10 +29,12 @@ import sample
 
 # What differs from the defaults of the options below. A row ends with what it reached.
 PRESETS = {
-    "digits_encoder": dict(stage="encoder", data="data/digits", base_channels=32, layers=[1, 1, 1], batch_size=128, steps=400,
-                           lr=2e-3, warmup=50, cls_steps=150, cls_ramp=50, ema_decay=0.99, sample_every=200),
-    "digits": dict(stage="generator", data="data/digits", encoder="digits_encoder", model="XS", labels=10, gen=16, pos=24,
-                   uncond=8, steps=450, lr=2e-3, warmup=30, cooldown=300, ema_decay=0.99, reals="index", sample_every=75),
+    "digits_encoder": dict(stage="encoder", data="data/digits", input_patch_size=2, base_channels=64, layers=[1, 1, 1],
+                           batch_size=128, steps=400, lr=2e-3, warmup=50, cls_steps=150, cls_ramp=50, ema_decay=0.99,
+                           sample_every=200),
+    "digits": dict(stage="generator", data="data/digits", encoder="digits_encoder", model="XS", patch_size=4, labels=10,
+                   gen=24, pos=48, uncond=12, steps=900, lr=2.5e-3, warmup=30, cooldown=600, ema_decay=0.99, reals="index",
+                   sample_every=100, save_every=300),
     # For one modern GPU and about an hour, by arithmetic; not run yet.
     "cifar10_encoder": dict(stage="encoder", data="data/cifar10", base_channels=64, batch_size=512, steps=8000, lr=1e-3,
                             warmup=500, crop_scale=0.2, cls_steps=3000, ema_decay=0.999, save_every=2000),

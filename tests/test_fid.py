@@ -358,11 +358,49 @@ def test_neighbours_picture(command, run):
     assert Image.open(run / "near.png").size == (9 * 66 - 2, 5 * 66 - 2)
 
 
+def test_neighbours_figures_by_hand(run, monkeypatch, capsys):
+    """The three figures in pixel space, written out as loops in NumPy."""
+    monkeypatch.chdir(run)
+    monkeypatch.setattr(sys, "argv", "fid.py neighbours --ckpt gen --data digits --features pixels --num_images 60".split())
+    fid.main()
+    text = capsys.readouterr().out
+    flat = lambda images: np.asarray(images, np.float64).reshape(len(images), -1) / 127.5 - 1
+    train, test = prepare_data.Dataset("digits"), prepare_data.Dataset("digits", "test")
+    made = flat(fid.generated(model.load_generator("gen"))(range(60)))
+    real, other = flat(train.images), flat(test.images)
+
+    def nearest(rows):
+        pairs = [np.sqrt(((row - real) ** 2).sum(1)) for row in rows]
+        return np.array([d.min() for d in pairs]), train.labels[[d.argmin() for d in pairs]]
+
+    def spread(rows, labels):
+        return np.mean([np.mean([np.linalg.norm(a - b) for i, a in enumerate(rows[labels == c]) for b in rows[labels == c][:i]])
+                        for c in range(10)])
+
+    distance, label = nearest(made)
+    yardstick, label_held_out = nearest(other)
+    assert f"the same class {(label == np.arange(60) % 10).mean():6.1%} (worst class" in text.splitlines()[0]
+    assert f"the same class {(label_held_out == test.labels).mean():6.1%} (worst class" in text.splitlines()[1]
+    assert f"training images {distance.mean() / yardstick.mean():.3f} of the held-out" in text
+    assert f"within a class {spread(made, np.arange(60) % 10) / spread(real, train.labels):.3f} of the training" in text
+
+
+def test_halves_of_one_set_are_near_and_noise_is_far(run, monkeypatch):
+    monkeypatch.chdir(run)
+    count, read = fid.open_images("digits")
+    extractor = fid.load_extractor("pixels")
+    rows = extractor.extract(read(np.arange(count)))
+    noise = torch.rand(count // 2, rows.shape[1], generator=torch.Generator().manual_seed(0)) * 2 - 1
+    distance = lambda a, b: fid.frechet_distance(*fid.statistics(a), *fid.statistics(b))
+    halves, far = distance(rows[::2], rows[1::2]), distance(rows[::2], noise)
+    assert abs(distance(rows, rows)) < 1e-6 and 0 < halves < 0.02 * far
+
+
 @pytest.mark.parametrize("line, reason", [
     ("eval --ckpt gen --ref missing.npz --features encoder:enc", "missing.npz does not exist"),
     ("eval --ckpt missing --data digits --features encoder:enc", "missing: no model"),
     ("eval --ckpt gen --data digits --features encoder:gen", "not a MAE"),
-    ("eval --ckpt gen --data digits --features resnet", "inception or encoder:CKPT"),
+    ("eval --ckpt gen --data digits --features resnet", "pixels or encoder:CKPT"),
     ("eval --images digits/test --num_images 50000 --data digits --features encoder:enc", "holds 355 images"),
     ("eval --ckpt gen --num_images 3 --data digits --features encoder:enc", "too few"),
     ("ref --data missing --out x.npz --features encoder:enc", "missing does not exist"),
