@@ -585,6 +585,8 @@ def command_neighbours(args, extractor):
     shapes = [list(x.shape[1:]) for x in (fake([0]), train.images)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"{args.ckpt} makes images {shapes[0]}, those in {args.data} are {shapes[1]}")
+    if args.num_images < 2 * train.num_classes:
+        raise ValueError(f"--num_images {args.num_images}: at least two of each of the {train.num_classes} classes are needed")
     held_out = Dataset(args.data, "test") if (Path(args.data) / "test").is_dir() else None
 
     def features(count, read, title):

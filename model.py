@@ -145,13 +145,14 @@ class Block(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    """Affine RMSNorm; the fused kernel wants its float32 weight in the input's type and computes in float32 itself."""
+    """Affine RMSNorm in the input's type: the kernel computes in float32 itself. Under autocast CUDA would return float32."""
 
     def __init__(self, width):
         super().__init__(width, eps=1e-6)
 
     def forward(self, x):
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 def modulation(linear, cond, chunks):
@@ -353,8 +354,11 @@ def _load(cls, path, flax_names):
     unknown = sorted(config.keys() - inspect.signature(cls.__init__).parameters.keys())
     if unknown:
         raise ValueError(f"{path}: not a {cls.__name__} that this code can build; config keys {', '.join(unknown)}")
-    with torch.device("meta"):  # no memory, no initialisation: the file's tensors become the parameters
-        model = cls(**config)
+    try:
+        with torch.device("meta"):  # no memory, no initialisation: the file's tensors become the parameters
+            model = cls(**config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its config does not build a {cls.__name__} ({error})") from None
     if cls is Generator:
         model.rope = rotary_table(model.rope.shape[1], 2 * model.rope.shape[2])
     wanted = {name: list(p.shape) for name, p in model.state_dict().items()}

@@ -12,6 +12,7 @@ The embedded digits (E. Alpaydin, C. Kaynak, UCI Machine Learning Repository, 19
 fifth of a class is held out as the split `test`.
 """
 import argparse
+import hashlib
 import io
 import json
 import os
@@ -60,6 +61,12 @@ class Dataset:
     @property
     def num_classes(self):
         return len(self.meta["classes"])
+
+    def fingerprint(self):
+        """Hash of the description, the labels and 64 of the images: a run resumes on the data that it began with."""
+        spread = np.linspace(0, len(self) - 1, 64).astype(int)
+        parts = json.dumps(self.meta).encode(), self.labels.tobytes(), self.images[spread].tobytes()
+        return hashlib.sha256(b"".join(parts)).hexdigest()
 
     def batch(self, ids):
         """Images of these ids as float32 [n, C, H, W] in [-1, 1]."""
@@ -149,21 +156,25 @@ def embedded_digits():
 # Making it
 
 def prepare(source, out, size=None, channels=3, skip_broken=False):
-    """Write OUT/SPLIT for every split of the source; `digits` is the embedded set. A folder appears only when whole."""
+    """Write OUT/SPLIT for every split of the source. A folder appears only when whole.
+
+    `digits` is the embedded set; of it, what is there already is left as it is.
+    """
     if source == "digits":
         classes = [str(c) for c in range(10)]
         for split, (images, labels) in embedded_digits().items():
-            _write(Path(out) / split, iter(images), lambda: labels, images.shape, classes, DIGITS.name)
+            if not (Path(out) / split).exists():
+                _write(Path(out) / split, iter(images), lambda: labels, classes, DIGITS.name)
         return
     from tqdm import tqdm
     splits, read = list_images(source)
     classes = sorted({name for files in splits.values() for name, _ in files})
     for split, files in splits.items():
         files.sort()  # by class
-        shape = [len(files), *_decode_or_name(read, files[0][1], size, channels).shape]
         labels = []
 
         def images():
+            shape = None  # that of the first image that can be read
             for class_name, name in tqdm(files, desc=f"{out}/{split}", unit=" images"):
                 try:
                     image = _decode_or_name(read, name, size, channels)
@@ -172,12 +183,13 @@ def prepare(source, out, size=None, channels=3, skip_broken=False):
                         raise
                     tqdm.write(f"skipped {error}")
                     continue
-                if list(image.shape) != shape[1:]:
-                    raise ValueError(f"{name} is {list(image.shape)}, {files[0][1]} is {shape[1:]}: give one --size")
+                shape = shape or image.shape
+                if image.shape != shape:
+                    raise ValueError(f"{name} is {list(image.shape)}, those before it {list(shape)}: give one --size")
                 labels.append(classes.index(class_name))
                 yield image
 
-        _write(Path(out) / split, images(), lambda: np.array(labels, np.int64), shape, classes, Path(source).name)
+        _write(Path(out) / split, images(), lambda: np.array(labels, np.int64), classes, Path(source).name)
         if len(labels) < len(files):
             print(f"{out}/{split}: {len(files) - len(labels)} broken images skipped")
 
@@ -189,7 +201,7 @@ def _decode_or_name(read, name, size, channels):
         raise ValueError(f"{name}: cannot be read ({error}); mend or remove it, or give --skip_broken") from None
 
 
-def _write(folder, images, labels, shape, classes, source):
+def _write(folder, images, labels, classes, source):
     """images: uint8 arrays one by one; labels(): int64 [N], asked for after the last of them."""
     if folder.exists():
         raise ValueError(f"{folder} exists already: remove it, or choose another --out")
@@ -199,27 +211,37 @@ def _write(folder, images, labels, shape, classes, source):
     with open(partial / "images.bin", "wb") as f:
         for image in images:
             f.write(image.tobytes())
+            shape = list(image.shape)
         f.flush()
         os.fsync(f.fileno())
     labels = labels()
+    if not len(labels):
+        raise ValueError(f"{source}: none of its images can be read")
     np.save(partial / "labels.npy", labels)
     counts = np.bincount(labels, minlength=len(classes)).tolist()
-    meta = dict(kind="pixels", dtype="uint8", shape=[len(labels), *shape[1:]], classes=classes,
+    meta = dict(kind="pixels", dtype="uint8", shape=[len(labels), *shape], classes=classes,
                 images_per_class=counts, source=source)
     (partial / "meta.json").write_text(json.dumps(meta, indent=1))
     partial.rename(folder)
-    print(f"{folder}: {len(labels)} images {shape[1:]}, {len(classes)} classes of {min(counts)} to {max(counts)} images")
+    print(f"{folder}: {len(labels)} images {shape}, {len(classes)} classes of {min(counts)} to {max(counts)} images")
 
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--data", default="digits", help="folder or .zip of class folders, or `digits` (default)")
-    parser.add_argument("--out", default="data/digits", help="folder to write (default: %(default)s)")
+    parser.add_argument("--out", help="folder to write (default of the digits: data/digits)")
     parser.add_argument("--size", type=int, help="centre crop and resize to SIZE x SIZE (default: images as they are)")
     parser.add_argument("--channels", type=int, choices=(1, 3), default=3, help="1: greyscale (default: %(default)s)")
     parser.add_argument("--skip_broken", action="store_true", help="name broken images and go on, instead of stopping")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.data == "digits":
+        if args.size or args.channels != 3 or args.skip_broken:
+            parser.error("the embedded digits are 8x8 and grey: --size, --channels and --skip_broken are for other data")
+        args.out = args.out or "data/digits"
+    if args.out is None:
+        parser.error("--out is needed")
+    return args
 
 
 def main():

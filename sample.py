@@ -5,7 +5,7 @@
     python sample.py --ckpt runs/digits --num_images 1000 --out samples/      # a folder of PNGs;  --out x.npz: arr_0 uint8 NHWC
     torchrun --nproc_per_node 8 sample.py --ckpt ... --num_images 50000 --out samples/
 
-Image i is of class classes[i % len(classes)] and depends on (seed, i) alone: not on batch size, device or processes.
+Image i is of class classes[i % len(classes)] and depends on (seed, i) alone, not on the other images or processes.
 """
 import argparse
 import os
@@ -22,7 +22,8 @@ def generate(generator, labels, indices, cfg_scale=1.0, temperature=1.0, seed=0,
     """Images number `indices` of a seed, of classes `labels` (both [N] ints) -> float32 [N, C, H, W] on the CPU.
 
     cfg_scale is alpha of A.7, one number; temperature multiplies the noise. Every image's noise and style indices come
-    from a random stream of its own. (Float rounding may still differ with the batch: 1e-6, rarely a grey level.)
+    from a random stream of its own. Rounding differs with the batch's size: by 1e-6 on a CPU, where a pixel rarely moves by
+    a grey level; a GPU computes in bfloat16, where some pixels do.
     """
     device = next(generator.parameters()).device
     images = []
@@ -94,7 +95,11 @@ def run(args):
     classes = args.classes or list(range(min(10, generator.num_classes)))
     if not all(0 <= c < generator.num_classes for c in classes):
         raise ValueError(f"--classes: this generator knows 0 to {generator.num_classes - 1}")
-    n = args.num_images or 8 * len(classes)
+    if generator.out_channels not in (1, 3):
+        raise ValueError(f"{args.ckpt} makes latents of {generator.out_channels} channels, which this script cannot decode yet")
+    n = 8 * len(classes) if args.num_images is None else args.num_images
+    if n < 1 or args.batch_size < 1:
+        raise ValueError("--num_images and --batch_size must be at least 1")
     (out.parent if out.suffix in (".png", ".npz") else out).mkdir(parents=True, exist_ok=True)
 
     images, start = [], time.time()

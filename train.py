@@ -31,19 +31,19 @@ import sample
 PRESETS = {
     "digits_encoder": dict(stage="encoder", data="data/digits", input_patch_size=2, base_channels=64, layers=[1, 1, 1],
                            batch_size=128, steps=400, lr=2e-3, warmup=50, cls_steps=150, cls_ramp=50, ema_decay=0.99,
-                           sample_every=200),
+                           sample_every=200, save_every=100),
     "digits": dict(stage="generator", data="data/digits", encoder="digits_encoder", model="XS", patch_size=4, labels=10,
                    gen=24, pos=48, uncond=12, steps=900, lr=2.5e-3, warmup=30, cooldown=600, ema_decay=0.99, reals="index",
-                   sample_every=100, save_every=300),
+                   sample_every=100, save_every=150),
     # For one modern GPU and about an hour, by arithmetic; not run yet.
     "cifar10_encoder": dict(stage="encoder", data="data/cifar10", base_channels=64, batch_size=512, steps=8000, lr=1e-3,
                             warmup=500, crop_scale=0.2, cls_steps=3000, ema_decay=0.999, save_every=2000),
-    "cifar10": dict(stage="generator", data="data/cifar10", encoder="cifar10_encoder", model="S", labels=10, gen=64, pos=64,
+    "cifar10": dict(stage="generator", data="data/cifar10", encoder="cifar10_encoder", model="S", labels=16, gen=64, pos=64,
                     uncond=16, steps=10000, lr=4e-4, warmup=500, flip=True, ema_decay=0.999),
     # For two CPU cores: shows progress, not more.
     "cifar10_cpu_encoder": dict(stage="encoder", data="data/cifar10", input_patch_size=2, base_channels=64, layers=[1, 1, 1],
                                 batch_size=128, steps=600, lr=1e-3, warmup=50, cls_steps=300, cls_ramp=50, ema_decay=0.99,
-                                sample_every=200),
+                                sample_every=200, save_every=200),
     "cifar10_cpu": dict(stage="generator", data="data/cifar10", encoder="cifar10_cpu_encoder", model="XS", patch_size=4,
                         labels=4, gen=16, pos=16, uncond=8, push=64, steps=1000, lr=1e-3, warmup=50, flip=True, ema_decay=0.99,
                         sample_every=50, save_every=100),
@@ -124,6 +124,15 @@ def parse(argv):
                 if any(word.split("=")[0] in action.option_strings for word in argv):
                     parser.error(f"{action.option_strings[0]} is not read in stage {args.stage}")
                 delattr(args, action.dest)
+    given = {word.split("=")[0] for word in argv}
+    if args.stage == "generator":
+        if args.reals == "index" and "--push" in given:
+            parser.error("--push is read with --reals queue only")
+        if not args.eval_every and given & {"--eval_images", "--eval_features", "--eval_ref"}:
+            parser.error("--eval_images, --eval_features and --eval_ref are read with --eval_every only")
+    for key, value in vars(args).items():
+        if key in ("steps", "log_every", "sample_every", "save_every", "batch_size", "labels", "gen", "pos", "push") and value < 1:
+            parser.error(f"--{key} must be at least 1")
     if args.out is None:
         if args.preset is None:
             parser.error("--out is needed without a preset")
@@ -201,6 +210,10 @@ class GeneratorStage:
         self.net = model.Generator(input_size=h, in_channels=c, patch_size=args.patch_size, num_classes=data.num_classes,
                                    attn_fp32=args.attn_fp32, **model.GENERATOR_SIZES[args.model])
         self.net.checkpoint_blocks = args.checkpoint_blocks
+        if args.encoder in PRESETS:
+            main(["--preset", args.encoder, "--data", args.data, "--device", args.device, "--seed", str(args.seed),
+                  *(["--compile"] if args.compile else [])])
+            args.encoder = f"runs/{args.encoder}"
         self.encoder = model.load_encoder(args.encoder).requires_grad_(False).to(args.device)
         if self.encoder.in_channels != c:
             raise ValueError(f"--encoder {args.encoder} is for {self.encoder.in_channels} channels, --data has {c}")
@@ -305,11 +318,7 @@ def crop_resize(x, crops, flips):
 
 def main(argv):
     args = parse(argv)
-    if args.stage == "generator" and args.encoder in PRESETS:
-        encoder_run = f"runs/{args.encoder}"
-        main(["--preset", args.encoder, "--data", args.data, "--device", args.device])
-        args.encoder = encoder_run
-    if get_rank() == 0 and Path(args.data).name == "digits" and not Path(args.data).exists():
+    if get_rank() == 0 and Path(args.data).name == "digits":
         prepare_data.prepare("digits", args.data)
     barrier()
     data = prepare_data.Dataset(args.data)
@@ -348,11 +357,12 @@ def main(argv):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # The average's memory grows with the run, so that the first weights are forgotten in short runs too.
-        torch._foreach_lerp_(ema_params, params, 1 - min(args.ema_decay, (step + 1) / (step + 10)))
+        with torch.no_grad():
+            torch._foreach_lerp_(ema_params, params, 1 - min(args.ema_decay, (step + 1) / (step + 10)))
 
         done = step + 1
         if done % args.log_every == 0 or done in (1, args.steps):
-            values = {key: mean_over_processes(value) for key, value in {"loss": loss, "norm": norm, **logs}.items()}
+            values = {key: mean_over_processes(value, args.device) for key, value in {"loss": loss, "norm": norm, **logs}.items()}
             if main_process:
                 line = {"step": done, "seconds": round(time.time() - began, 2), "lr": lr, **values}
                 with open(out / "log.jsonl", "a") as f:
@@ -386,13 +396,17 @@ class Evaluator:
         with open(Path(self.args.out) / "log.jsonl", "a") as f:
             f.write(json.dumps({"step": step, **row}) + "\n")
         score, score_file = row.get("fid", row.get("fd")), self.best / "score.json"
-        if num_images < self.args.eval_images or score_file.is_file() and json.loads(score_file.read_text())["score"] <= score:
+        if step % self.args.eval_every or score_file.is_file() and json.loads(score_file.read_text())["score"] <= score:
             return
         partial = self.best.with_suffix(".tmp")
         ema.save_pretrained(partial)
         (partial / "score.json").write_text(json.dumps({"score": score, "step": step, **row}))
-        shutil.rmtree(self.best, ignore_errors=True)
+        old = self.best.with_suffix(".old")
+        shutil.rmtree(old, ignore_errors=True)
+        if self.best.exists():
+            self.best.rename(old)
         partial.rename(self.best)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def learning_rate(step, args):
@@ -425,7 +439,7 @@ def save_checkpoint(out, step, args, net, ema, optimizer, stage):
     try:
         ema.save_pretrained(partial)
         save_file({name: t.contiguous() for name, t in state.items()}, partial / "train_state.safetensors",
-                  metadata={"step": str(step), "options": json.dumps(vars(args))})
+                  metadata={"step": str(step), "options": json.dumps(vars(args)), "data": stage.data.fingerprint()})
         for path in [*partial.iterdir(), partial]:
             handle = os.open(path, os.O_RDONLY)
             os.fsync(handle)
@@ -441,23 +455,28 @@ def save_checkpoint(out, step, args, net, ema, optimizer, stage):
 
 def load_checkpoint(out, args, net, ema, optimizer, stage):
     """Continue from the newest checkpoint of the run folder, if there is one. Returns the number of steps done."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
     folder = model.latest_checkpoint(out)
     if folder is None:
         return 0
-    file = folder / "train_state.safetensors"
-    with safe_open(file, "pt") as f:
-        metadata = f.metadata()
+    try:
+        with safe_open(folder / "train_state.safetensors", "pt") as f:
+            metadata = f.metadata()
+        state = load_file(folder / "train_state.safetensors", device=args.device)
+        ema_state = load_file(folder / "model.safetensors", device=args.device)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{folder} is damaged ({error}); remove it, and the run resumes from the one before") from None
+    if metadata["data"] != stage.data.fingerprint():
+        raise ValueError(f"{out} was trained on other data than {args.data}; choose another --out")
     before, now = json.loads(metadata["options"]), vars(args)
     for key in sorted(now):
         if before.get(key) != now[key] and key not in ("device", "out", "data", "encoder"):
             log_line(f"resuming {out} with --{key} {now[key]}, before {before.get(key)}")
-    state = load_file(file, device=args.device)
     part = lambda prefix: {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}  # noqa: E731
     try:
         net.load_state_dict(part("net."))
-        ema.load_state_dict(load_file(folder / "model.safetensors", device=args.device))
+        ema.load_state_dict(ema_state)
     except RuntimeError as error:
         raise ValueError(f"{folder} is of another model than these options build; choose another --out "
                          f"({str(error).splitlines()[1].strip():.100}...)") from None
@@ -502,8 +521,8 @@ def all_reduce(sums):
     return sums
 
 
-def mean_over_processes(value):
-    value = torch.as_tensor(value, dtype=torch.float64).detach().clone()
+def mean_over_processes(value, device):
+    value = torch.as_tensor(value, dtype=torch.float64, device=device).detach().clone()
     return (all_reduce(value) / world_size() if world_size() > 1 else value).item()
 
 

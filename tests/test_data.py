@@ -1,6 +1,7 @@
 """prepare_data.py: what goes in comes out, is drawn as promised, and what is broken is named."""
 import io
 import json
+import shutil
 import zipfile
 
 import numpy as np
@@ -93,13 +94,13 @@ def test_rotated_by_its_exif():
 
 
 def test_a_broken_image_is_named_and_skipped_only_by_flag(tmp_path, folder, capsys):
-    (folder / "bee" / "1.png").write_bytes((folder / "bee" / "1.png").read_bytes()[:60])
-    with pytest.raises(ValueError, match=r"bee/1\.png: cannot be read .*--skip_broken"):
+    (folder / "ant" / "0.png").write_bytes((folder / "ant" / "0.png").read_bytes()[:60])  # the very first
+    with pytest.raises(ValueError, match=r"ant/0\.png: cannot be read .*--skip_broken"):
         prepare_data.prepare(folder, tmp_path / "out")
     assert not (tmp_path / "out" / "train").exists()
     prepare_data.prepare(folder, tmp_path / "out", skip_broken=True)
     assert "1 broken" in capsys.readouterr().out
-    assert prepare_data.Dataset(tmp_path / "out").count.tolist() == [2, 3, 3]
+    assert prepare_data.Dataset(tmp_path / "out").count.tolist() == [1, 4, 3]
 
 
 def test_bad_sources_get_one_line(tmp_path, folder):
@@ -118,9 +119,14 @@ def test_bad_sources_get_one_line(tmp_path, folder):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no images"):
         prepare_data.prepare(tmp_path / "empty", tmp_path / "o")
-    prepare_data.prepare("digits", tmp_path / "d")
+    (folder / "bee" / "9.png").unlink()
+    prepare_data.prepare(folder, tmp_path / "d")
     with pytest.raises(ValueError, match="exists already"):
-        prepare_data.prepare("digits", tmp_path / "d")
+        prepare_data.prepare(folder, tmp_path / "d")
+    for p in folder.rglob("*.png"):
+        p.write_bytes(b"not an image")
+    with pytest.raises(ValueError, match="none of its images"):
+        prepare_data.prepare(folder, tmp_path / "o", skip_broken=True)
 
 
 def test_damaged_prepared_data_is_refused(tmp_path):
@@ -137,6 +143,15 @@ def test_damaged_prepared_data_is_refused(tmp_path):
         f.truncate(1000)
     with pytest.raises(ValueError, match="has 1000 bytes, its meta.json says 92288"):
         prepare_data.Dataset(tmp_path)
+
+
+def test_interrupted_preparation_of_the_digits_goes_on(tmp_path):
+    (tmp_path / "train.tmp").mkdir()
+    prepare_data.prepare("digits", tmp_path)
+    before = (tmp_path / "train/images.bin").stat().st_mtime_ns
+    shutil.rmtree(tmp_path / "test")
+    prepare_data.prepare("digits", tmp_path)
+    assert len(prepare_data.Dataset(tmp_path, "test")) == 355 and before == (tmp_path / "train/images.bin").stat().st_mtime_ns
 
 
 def test_draws(tmp_path):

@@ -354,8 +354,8 @@ def test_generated_images_are_those_of_the_protocol(run):
 
 
 def test_neighbours_picture(command, run):
-    command("neighbours --ckpt gen --data digits --features encoder:enc --num_images 5 --out near.png")
-    assert Image.open(run / "near.png").size == (9 * 66 - 2, 5 * 66 - 2)
+    command("neighbours --ckpt gen --data digits --features encoder:enc --num_images 20 --out near.png")
+    assert Image.open(run / "near.png").size == (9 * 66 - 2, 20 * 66 - 2)
 
 
 def test_neighbours_figures_by_hand(run, monkeypatch, capsys):
@@ -403,6 +403,7 @@ def test_halves_of_one_set_are_near_and_noise_is_far(run, monkeypatch):
     ("eval --ckpt gen --data digits --features resnet", "pixels or encoder:CKPT"),
     ("eval --images digits/test --num_images 50000 --data digits --features encoder:enc", "holds 355 images"),
     ("eval --ckpt gen --num_images 3 --data digits --features encoder:enc", "too few"),
+    ("neighbours --ckpt gen --data digits --features pixels --num_images 5", "at least two of each"),
     ("ref --data missing --out x.npz --features encoder:enc", "missing does not exist"),
     ("ref --data digits --out x.npz --inception missing.pth", "missing.pth"),
 ])

@@ -46,6 +46,9 @@ def changed(args, **options):
             args[args.index(f"--{key}") + 1] = str(value)
         else:
             args += [f"--{key}", str(value)]
+    if options.get("reals") == "index":  # which does not push
+        at = args.index("--push")
+        del args[at:at + 2]
     return args
 
 
@@ -77,7 +80,7 @@ def test_stopped_and_resumed_is_bit_equal(home, args, options):
 
 def test_killed_at_any_moment(home):
     """A real process, SIGKILLed wherever it happens to be, ends with an undisturbed run's weights."""
-    args = changed(GENERATOR, steps=16, save_every=2, reals="index")
+    args = changed(GENERATOR, steps=16, save_every=2)
     train.main(changed(args, out="runs/calm"))
     command = [sys.executable, str(ROOT / "train.py"), *changed(args, out="runs/killed")]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -173,6 +176,9 @@ def test_learning_rate():
     (["--preset", "digits_encoder", "--gen=8"], "--gen is not read in stage encoder"),
     (["--preset", "digits", "--lable", "8"], "unrecognized arguments"),
     (["--preset", "nothing"], "invalid choice"),
+    (["--preset", "digits", "--push", "8"], "--push is read with --reals queue only"),
+    (["--preset", "digits", "--eval_images", "8"], "are read with --eval_every only"),
+    (["--preset", "digits", "--labels", "0"], "--labels must be at least 1"),
     (["--data", "d", "--encoder", "e"], "--out is needed"),
 ])
 def test_options_that_would_be_ignored_are_errors(args, message, capsys):
@@ -188,11 +194,40 @@ def test_presets_are_made_of_options():
         assert vars(train.parse(["--preset", name, "--steps", "7"]))["steps"] == 7
 
 
+def test_the_average_keeps_no_graph(home):
+    """What train.py's loop does to it must not make it part of autograd: a graph would grow with every step."""
+    kept = []
+    save = train.save_checkpoint
+    try:
+        train.save_checkpoint = lambda *args: kept.append(args[4])
+        train.main(changed(GENERATOR, out="runs/graph", steps=2))
+    finally:
+        train.save_checkpoint = save
+    assert kept and all(not p.requires_grad and p.grad_fn is None for p in kept[0].parameters())
+
+
+def test_damaged_checkpoints_and_other_data_are_refused(home):
+    train.main(changed(GENERATOR, out="runs/damaged", steps=4, save_every=2))
+    args = changed(GENERATOR, out="runs/damaged")
+    for name in ("model.safetensors", "train_state.safetensors"):
+        file = home / "runs/damaged/step_00000004" / name
+        whole = file.read_bytes()
+        file.write_bytes(whole[:5000])
+        with pytest.raises(ValueError, match="step_00000004 is damaged.*the one before"):
+            train.main(args)
+        file.write_bytes(whole)
+    shutil.copytree("data/digits", "data/inverted")
+    images = np.fromfile("data/inverted/train/images.bin", np.uint8)
+    (255 - images).tofile("data/inverted/train/images.bin")
+    with pytest.raises(ValueError, match="other data"):
+        train.main(changed(args, data="data/inverted"))
+
+
 @pytest.mark.parametrize("options, message", [
     ({"pos": 145}, "class 8 of data/digits has 140 images"),
     ({"encoder": "runs/nowhere"}, "runs/nowhere: no model there"),
     ({"data": "data/nowhere"}, "no prepared data there"),
-    ({"model": "S", "out": "runs/e"}, "is of another model"),
+    ({"out": "runs/e"}, "is of another model"),
 ])
 def test_bad_input_is_refused_at_the_start(home, options, message):
     with pytest.raises((ValueError, OSError), match=message):
