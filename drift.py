@@ -253,10 +253,12 @@ class SampleQueue:
 
 BOARD = 4  # the checkerboard has BOARD x BOARD squares of side 1 around the origin
 
-# name: where the generator's first samples lie, and what it has to reach
-EXPERIMENTS = {"two_modes_between": ((0.0, 0.0), "two_modes"), "two_modes_far": ((0.0, 6.0), "two_modes"),
-               "two_modes_collapsed": ((-1.5, 0.0), "two_modes"), "checkerboard": ((0.0, 0.0), "checkerboard"),
-               "swiss_roll": ((0.0, 0.0), "swiss_roll")}
+# name: where the generator's first samples lie, what it has to reach, and options of toy_experiment
+EXPERIMENTS = {"two_modes_between": ((0.0, 0.0), "two_modes", dict(steps=1500, n=128, real=256)),
+               "two_modes_far": ((0.0, 6.0), "two_modes", dict(steps=1500, n=128, real=256)),
+               "two_modes_collapsed": ((-1.5, 0.0), "two_modes", dict(steps=1500, n=128, real=256)),
+               "checkerboard": ((0.0, 0.0), "checkerboard", dict(steps=5000)),
+               "swiss_roll": ((0.0, 0.0), "swiss_roll", {})}
 
 
 def draw_target(name, n, generator):
@@ -295,7 +297,7 @@ def toy_experiment(experiment, steps=3000, n=256, real=1024, lr=1e-3, seed=0, te
     The widest temperature sees across the plane: samples that start as one blob, with their reals far away, would
     otherwise feel only the floor of the affinities, which pulls equally to all sides.
     """
-    start, target = EXPERIMENTS[experiment]
+    start, target, _ = EXPERIMENTS[experiment]
     torch.manual_seed(seed)
     generator = torch.nn.Sequential(torch.nn.Linear(10, 256), torch.nn.SiLU(), torch.nn.Linear(256, 256), torch.nn.SiLU(),
                                     torch.nn.Linear(256, 256), torch.nn.SiLU(), torch.nn.Linear(256, 2))
@@ -367,7 +369,7 @@ def main():
     Path(args.out).mkdir(parents=True, exist_ok=True)
     for name in args.experiment:
         began, path = time.time(), f"{args.out}/{name}.gif"
-        frames, losses, forces = toy_experiment(name)
+        frames, losses, forces = toy_experiment(name, **EXPERIMENTS[name][2])
         numbers = ", ".join(f"{k} {v:.1%}" for k, v in describe(EXPERIMENTS[name][1], frames[-1]).items())
         save_animation(name, frames, losses, forces, path)
         print(f"{name}: {numbers}; mean squared force {forces[0]:.2g} -> {forces[-1]:.2g}; {time.time() - began:.0f} s; {path}")
