@@ -41,8 +41,8 @@ PRESETS = {
     "cifar10": dict(stage="generator", data="data/cifar10", encoder="cifar10_encoder", model="S", labels=16, gen=64, pos=64,
                     uncond=16, steps=10000, lr=4e-4, warmup=500, flip=True, ema_decay=0.999),
     # For two CPU cores: shows progress, not more.
-    "cifar10_cpu_encoder": dict(stage="encoder", data="data/cifar10", input_patch_size=2, base_channels=64, layers=[1, 1, 1],
-                                batch_size=128, steps=600, lr=1e-3, warmup=50, cls_steps=300, cls_ramp=50, ema_decay=0.99,
+    "cifar10_cpu_encoder": dict(stage="encoder", data="data/cifar10", input_patch_size=2, base_channels=32, layers=[1, 1, 1],
+                                batch_size=64, steps=400, lr=1e-3, warmup=50, cls_steps=200, cls_ramp=50, ema_decay=0.99,
                                 sample_every=200, save_every=200),
     "cifar10_cpu": dict(stage="generator", data="data/cifar10", encoder="cifar10_cpu_encoder", model="XS", patch_size=4,
                         labels=4, gen=16, pos=16, uncond=8, push=64, steps=1000, lr=1e-3, warmup=50, flip=True, ema_decay=0.99,
