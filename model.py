@@ -86,8 +86,9 @@ class Generator(nn.Module, PyTorchModelHubMixin, **HUB_CARD):
             frequencies = torch.exp(-math.log(10000) / 128 * torch.arange(128, device=cfg_scale.device))
             angles = cfg_scale.to(self.pos_embed.dtype)[:, None] * frequencies                   # n 128
             alpha = self.alpha_norm(self.alpha_embed(torch.cat([angles.cos(), angles.sin()], 1)))
-            slots = torch.arange(self.noise_coords, device=style_indices.device)
-            styles = self.style_embed[slots, style_indices].sum(1)                               # n d
+            # One lookup in all tables: unlike that of indexing, its backward adds up in a fixed order on a CPU.
+            rows = style_indices + self.noise_classes * torch.arange(self.noise_coords, device=style_indices.device)
+            styles = F.embedding(rows, self.style_embed.flatten(0, 1)).sum(1)                    # n d
             return self.class_embed(class_labels) + styles + 0.02 * alpha
 
     def forward(self, noise, class_labels, cfg_scale, style_indices):
