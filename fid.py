@@ -337,7 +337,7 @@ def open_npz(path):
     return np.load(path, allow_pickle=False)  # a pickle could run code
 
 
-def generated(generator, cfg_scale=1.0, seed=0, temperature=1.0):
+def generated(generator, cfg_scale=1.0, seed=0, temperature=1.0, vae=None):
     """read(indices) as of `open_images`, of a generator: image i has label i % classes and noise from (seed, i).
 
     No other random numbers are drawn: a training run that evaluates goes on as if it had not.
@@ -345,7 +345,7 @@ def generated(generator, cfg_scale=1.0, seed=0, temperature=1.0):
     def read(indices):
         indices = torch.tensor(indices)
         return to_uint8(generate(generator, indices % generator.num_classes, indices, cfg_scale, temperature, seed,
-                                 batch_size=len(indices)))
+                                 batch_size=len(indices), vae=vae))
     return read
 
 

@@ -1,4 +1,4 @@
-"""The networks: the one-step DiT generator (A.2), the ResNet-MAE encoder (A.3), and how their weights are read.
+"""The networks: the one-step DiT generator (A.2), the encoders (A.3, A.5), the VAE, and how their weights are read.
 
 Module and config names follow the authors' release, so that a published `metadata.json` builds the model as it stands.
 Axes in shape comments: n samples, c channels, h w pixels, t tokens (in-context ones first), d width.
@@ -8,6 +8,8 @@ import json
 import math
 import mmap
 import re
+import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -65,7 +67,8 @@ class Generator(nn.Module, PyTorchModelHubMixin, **HUB_CARD):
         self.final_norm = RMSNorm(hidden_size)
         self.final_adaln = nn.Linear(cond_dim, 2 * hidden_size)
         self.final_linear = nn.Linear(hidden_size, patch_size**2 * self.out_channels)
-        self.register_buffer("rope", rotary_table(n_cls_tokens + grid**2, hidden_size // num_heads), persistent=False)
+        with torch.device("cpu"):  # real, even where `_load` builds parameters on the meta device
+            self.register_buffer("rope", rotary_table(n_cls_tokens + grid**2, hidden_size // num_heads), persistent=False)
         self.checkpoint_blocks = False  # True: recompute each block in the backward pass, a third more work, 1/20 memory
         self._initialise()
 
@@ -320,20 +323,182 @@ def group_norm(channels):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Reading weights: our checkpoints (config.json + model.safetensors) and the authors' (metadata.json + ema_params.msgpack)
+# Pretrained networks of others: ConvNeXt-V2 (features in pixel space) and the SD-VAE (between pixels and latents)
 
-def load_generator(path):
-    """Generator in eval mode from a checkpoint or run folder of ours, or a folder of the authors' artifact.
+class ConvNeXtV2(nn.Module):
+    """ConvNeXt-V2 as an encoder, beside the MAE, of pixel generators (A.5; P: FID 9.35 -> 3.70).
 
-    Raises FileNotFoundError or ValueError, in one line, for a folder without a model, with another kind of model, with
-    damaged files, or with parameters that do not account for the model's one by one.
+    Parameters bear the names of the public checkpoints (transformers'), config keys too. Frozen and without its classifier.
     """
-    return _load(Generator, path, FLAX_GENERATOR_NAMES)
+
+    def __init__(self, depths=(3, 3, 27, 3), hidden_sizes=(128, 256, 512, 1024), num_channels=3, patch_size=4,
+                 image_size=224, layer_norm_eps=1e-12):
+        super().__init__()
+        self.in_channels, self.image_size = num_channels, image_size
+        self.embeddings = nn.ModuleDict({
+            "patch_embeddings": nn.Conv2d(num_channels, hidden_sizes[0], patch_size, patch_size),
+            "layernorm": ChannelNorm(hidden_sizes[0])})
+        self.encoder = nn.ModuleDict({"stages": nn.ModuleList()})
+        for i, (depth, width) in enumerate(zip(depths, hidden_sizes)):
+            stage = nn.ModuleDict({"layers": nn.ModuleList(ConvNeXtBlock(width) for _ in range(depth))})
+            if i > 0:
+                before = hidden_sizes[i - 1]
+                stage["downsampling_layer"] = nn.Sequential(ChannelNorm(before), nn.Conv2d(before, width, 2, 2))
+            self.encoder["stages"].append(stage)
+        self.layernorm = nn.LayerNorm(hidden_sizes[-1], eps=layer_norm_eps)
+        with torch.device("cpu"):  # real, even where `_load` builds parameters on the meta device; ImageNet's statistics
+            self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
+            self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
+
+    def features(self, x):
+        """x [n, 3, h, w] in [-1, 1], of any size -> {name: [n, T, C]}; `convenxt` is spelt as in the release.
+
+        A stage's map, every position normalised over its channels, from the second stage on; means and stds of all four,
+        the last one's std once more as `global_std`; and `global_mean`, the final norm of the last map's mean as it is.
+        """
+        x = ((x + 1) / 2 - self.mean) / self.std                                                 # not clipped
+        x = F.interpolate(x, (self.image_size, self.image_size), mode="bilinear", antialias=True, align_corners=False)
+        x = self.embeddings["layernorm"](self.embeddings["patch_embeddings"](x))                 # n 128 56 56
+        found = {}
+        for i, stage in enumerate(self.encoder["stages"]):
+            if i > 0:
+                x = stage["downsampling_layer"](x)
+            for block in stage["layers"]:
+                x = block(x)                                                                     # n c h w
+            y = rearrange(full(x), "n c h w -> n (h w) c")
+            mean, std = mean_and_std(y, 2)
+            y = (y - mean) / (std + 1e-3)                                                        # n T c
+            if i > 0:
+                found[f"convenxt_stage_{i}"] = y
+            found[f"convenxt_stage_{i}_mean"], found[f"convenxt_stage_{i}_std"] = mean_and_std(y, 1)
+        found["global_mean"] = self.layernorm(full(x).mean((2, 3)))[:, None]                     # n 1 c
+        found["global_std"] = found[f"convenxt_stage_{i}_std"]
+        return found
 
 
-def load_encoder(path):
-    """ResNet-MAE in eval mode; paths and errors as for `load_generator`. Its `features(x)` is what training uses."""
-    return _load(MAE, path, FLAX_MAE_NAMES)
+class ConvNeXtBlock(nn.Module):
+    """Depthwise 7x7, norm, a 4x wider MLP with global response normalisation (channels compete by their norm over space)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.dwconv = nn.Conv2d(width, width, 7, padding=3, groups=width)
+        self.layernorm = nn.LayerNorm(width, eps=1e-6)
+        self.pwconv1 = nn.Linear(width, 4 * width)
+        self.grn = nn.ParameterDict({name: nn.Parameter(torch.zeros(1, 1, 1, 4 * width)) for name in ("weight", "bias")})
+        self.pwconv2 = nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        y = self.layernorm(self.dwconv(x).permute(0, 2, 3, 1))                                   # n h w c
+        y = F.gelu(self.pwconv1(y))
+        norm = full(y).square().sum((1, 2), keepdim=True).sqrt()                                 # n 1 1 4c
+        response = (norm / (norm.mean(3, keepdim=True) + 1e-6)).to(y.dtype)
+        y = self.pwconv2(self.grn["weight"] * (y * response) + self.grn["bias"] + y)
+        return x + y.permute(0, 3, 1, 2)
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of a map."""
+
+    def __init__(self, width):
+        super().__init__(width, eps=1e-6)
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def mean_and_std(x, dim):
+    """Mean and biased standard deviation along one axis, which is kept."""
+    mean = x.mean(dim, keepdim=True)
+    return mean, ((x - mean).square().mean(dim, keepdim=True) + 1e-6).sqrt()
+
+
+LATENT_SCALE = 0.18215  # latents are this times the VAE's, so that their variance is about 1
+VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
+
+
+def load_vae(path="hf://stabilityai/sd-vae-ft-mse", device="cpu", chunk=16, compile=False):
+    """The SD-VAE (diffusers' AutoencoderKL) from the Hub or a local folder, frozen; bfloat16 on a GPU.
+
+    chunk: images in work at a time, which bounds the memory whatever their number (2 GB an image where gradients are
+    kept, 0.2 GB where not). Raises ValueError or OSError, in one line, for what cannot be had or is another VAE.
+    """
+    folder = resolve(path, VAE_FILES)
+    from diffusers import AutoencoderKL  # takes three seconds: only who decodes waits for it
+    from diffusers.utils import logging
+    logging.set_verbosity_error()
+    try:
+        net = AutoencoderKL.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
+    except Exception as error:  # diffusers and safetensors have many kinds for a folder that is not whole
+        raise ValueError(f"{path}: no AutoencoderKL in diffusers' format ({_one_line(error)})") from None
+    if abs(net.config.scaling_factor - LATENT_SCALE) > 1e-6:
+        raise ValueError(f"{path}: its latents are scaled by {net.config.scaling_factor}, these models' by {LATENT_SCALE}")
+    return VAE(net, chunk, compile).to(device)
+
+
+class VAE(nn.Module):
+    """Images [n, 3, 8h, 8w] in [-1, 1] <-> latents [n, 4, h, w], some at a time. Gradients pass through `decode`."""
+
+    def __init__(self, net, chunk, compile):
+        super().__init__()
+        self.net = net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.chunk, self.downsampling = chunk, 2 ** (len(net.config.block_out_channels) - 1)
+        self._decode = torch.compile(self._decode_chunk) if compile else self._decode_chunk
+
+    def to(self, device):
+        return super().to(device, torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
+
+    def decode(self, latents):
+        """Latents [n, 4, h, w] -> images float32 [n, 3, 8h, 8w], about in [-1, 1], on the latents' device."""
+        return torch.cat([self._remembering_little(self._decode, z) for z in self._chunks(latents / LATENT_SCALE)])
+
+    @torch.no_grad()
+    def encode(self, images):
+        """Images [n, 3, 8h, 8w] -> mean and standard deviation [n, 4, h, w] of their latents' posterior, float32."""
+        moments = [self.net.encode(x).latent_dist for x in self._chunks(images)]
+        return tuple(torch.cat([getattr(m, key).float() for m in moments]) * LATENT_SCALE for key in ("mean", "std"))
+
+    def _decode_chunk(self, z):
+        return self.net.decode(z).sample.float()
+
+    def _chunks(self, x):
+        # On a CPU one at a time: that is faster there, and an image's bits do not depend on its neighbours.
+        size = 1 if x.device.type == "cpu" else self.chunk
+        return x.to(self.net.dtype, memory_format=torch.channels_last).split(size)
+
+    def _remembering_little(self, function, x):
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return function(x)
+        return torch.utils.checkpoint.checkpoint(function, x, use_reentrant=False)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Reading weights. Four sources: a run folder or checkpoint of ours, its like on the Hub (config.json + model.safetensors),
+# the authors' artifact (metadata.json + ema_params.msgpack), local or on the Hub, and transformers' ConvNeXt-V2.
+
+HUB_REPO = "Goodeat/drifting"  # the authors' weights: hf://NAME
+PUBLISHED = {name: f"models/gen/jax/{name}" for name in ("latent_L_sota", "latent_B_sota", "pixel_L_sota", "pixel_B_sota",
+                                                         "ablation")}
+PUBLISHED |= {name: f"models/mae/jax/{name}" for name in ("mae_latent_640", "mae_pixel_640", "mae_latent_256")}
+OUR_FILES, FLAX_FILES = ("config.json", "model.safetensors"), ("metadata.json", "ema_params.msgpack")
+
+
+def load_generator(path, keep_converted=True):
+    """Generator in eval mode. path: a run or checkpoint folder of ours, a folder of the authors' artifact, or on the Hub
+    hf://NAME (one of PUBLISHED) or hf://USER/REPO[/SUBFOLDER][@REVISION].
+
+    keep_converted: published weights are kept as safetensors too, beside the Hub's cache, and read from there next time.
+    Raises FileNotFoundError, OSError or ValueError, in one line, for a folder without a model, with another kind of model,
+    with damaged files, with parameters that do not account for the model's one by one, and for what cannot be downloaded.
+    """
+    return _load(path, keep_converted, {"gen": Generator})
+
+
+def load_encoder(path, keep_converted=True):
+    """ResNet-MAE, or ConvNeXt-V2 as transformers saves it, in eval mode; paths and errors as for `load_generator`.
+
+    What training uses is `features(x)`; `in_channels` says what it takes (4: latents, 3 or 1: pixels).
+    """
+    return _load(path, keep_converted, {"mae": MAE, "convnextv2": ConvNeXtV2})
 
 
 def latest_checkpoint(run):
@@ -341,18 +506,70 @@ def latest_checkpoint(run):
     return max(Path(run).glob("step_" + "[0-9]" * 8), default=None)
 
 
-def _load(cls, path, flax_names):
-    folder = latest_checkpoint(path) or Path(path)
+def resolve(path, *alternatives):
+    """Local folder that holds one of the alternatives, tuples of file names; hf://... is downloaded, these files alone.
+
+    Everything that huggingface_hub's users know works: its cache, HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN, resumed downloads.
+    """
+    wanted = " or ".join(" + ".join(files) for files in alternatives)
+    if not str(path).startswith("hf://"):
+        folder = latest_checkpoint(path) or Path(path)
+        if any((folder / files[0]).is_file() for files in alternatives):
+            return folder
+        raise FileNotFoundError(f"{path}: no model there ({wanted}, or a run folder holding step_* folders). On the Hub it is "
+                                "hf://NAME or hf://USER/REPO")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub import errors
+    address, _, revision = str(path)[5:].partition("@")
+    if address in PUBLISHED:
+        address, alternatives = f"{HUB_REPO}/{PUBLISHED[address]}", [FLAX_FILES]
+    user, repo, subfolder = (address.split("/", 2) + ["", ""])[:3]
+    if not repo:
+        raise ValueError(f"{path}: not one of {', '.join(PUBLISHED)}, and no hf://USER/REPO[/SUBFOLDER][@REVISION]")
+    try:
+        for files in alternatives:
+            try:
+                for name in files:
+                    file = hf_hub_download(f"{user}/{repo}", name, subfolder=subfolder or None, revision=revision or None)
+                return Path(file).parent
+            except errors.EntryNotFoundError:  # the next alternative; `name` is not there, or offline not in the cache
+                if files is alternatives[-1]:
+                    raise
+    except errors.LocalEntryNotFoundError:
+        raise OSError(f"{path}: {name} is not in the cache, and the Hub cannot be reached (HF_HUB_OFFLINE set? no network?); "
+                      f"download it elsewhere and give the folder that holds {wanted}") from None
+    except errors.EntryNotFoundError:
+        raise FileNotFoundError(f"{path}: the repository holds no {name} there; wanted {wanted}") from None
+    except errors.RevisionNotFoundError:
+        raise FileNotFoundError(f"{path}: {user}/{repo} has no revision {revision}") from None
+    except errors.RepositoryNotFoundError:  # also of a private one
+        raise FileNotFoundError(f"{path}: no repository {user}/{repo} on the Hub, or a private one: `hf auth login`, or set "
+                                "HF_TOKEN") from None
+    except Exception as error:  # of the network, of a disk without room, of a name that cannot be one
+        raise OSError(f"{path}: {name} could not be downloaded ({_one_line(error)}); run again, it goes on where it was") from None
+
+
+def _load(path, keep_converted, kinds):
+    folder = resolve(path, OUR_FILES, FLAX_FILES)
     if (folder / "config.json").is_file():
-        config = json.loads((folder / "config.json").read_text())
+        config = _read_json(folder / "config.json")
+        cls = kinds.get(config.get("model_type"), next(iter(kinds.values())))
         state = _read_safetensors(folder / "model.safetensors")
-    elif (folder / "metadata.json").is_file():
-        config = _flax_config(json.loads((folder / "metadata.json").read_text())["model_config"])
-        state = _flax_state_dict(read_flax(folder / "ema_params.msgpack"), flax_names)
+        if cls is ConvNeXtV2:
+            if config.get("hidden_act", "gelu") != "gelu":
+                raise ValueError(f"{path}: hidden_act is {config['hidden_act']}, and only gelu is built here")
+            config = {key: value for key, value in config.items() if key in inspect.signature(cls).parameters}
+            state = {name.removeprefix("convnextv2."): p for name, p in state.items() if not name.startswith("classifier.")}
     else:
-        raise FileNotFoundError(f"{path}: no model there (config.json + model.safetensors, or the authors' metadata.json "
-                                "+ ema_params.msgpack, or a run folder holding step_* folders)")
-    unknown = sorted(config.keys() - inspect.signature(cls.__init__).parameters.keys())
+        metadata = _read_json(folder / "metadata.json")
+        kind, form = metadata.get("kind"), metadata.get("format")
+        if kind not in kinds or form != "flax.msgpack":
+            raise ValueError(f"{path}: its metadata.json says kind {kind}, format {form}; wanted is {' or '.join(kinds)}, "
+                             "flax.msgpack")
+        cls, config = kinds[kind], _flax_config(metadata["model_config"])
+        state = _read_converted(folder, cls, config, keep_converted and str(path).startswith("hf://"))
+
+    unknown = sorted(config.keys() - inspect.signature(cls).parameters.keys())
     if unknown:
         raise ValueError(f"{path}: not a {cls.__name__} that this code can build; config keys {', '.join(unknown)}")
     try:
@@ -360,8 +577,6 @@ def _load(cls, path, flax_names):
             model = cls(**config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: its config does not build a {cls.__name__} ({error})") from None
-    if cls is Generator:
-        model.rope = rotary_table(model.rope.shape[1], 2 * model.rope.shape[2])
     wanted = {name: list(p.shape) for name, p in model.state_dict().items()}
     found = {name: list(p.shape) for name, p in state.items()}
     wrong = [f"{name} is {found.get(name, 'missing')}, should be {wanted.get(name, 'absent')}"
@@ -370,6 +585,13 @@ def _load(cls, path, flax_names):
         raise ValueError(f"{path}: {len(wrong)} parameters do not fit its config: {'; '.join(wrong[:5])}")
     model.load_state_dict(state, assign=True)
     return model.eval()
+
+
+def _read_json(path):
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged ({error}); copy or download it again") from None
 
 
 def _read_safetensors(path):
@@ -381,10 +603,39 @@ def _read_safetensors(path):
         raise ValueError(f"{path}: missing or damaged ({error}); copy or download it again") from None
 
 
-# Released configs say which layers they use; here these are not options. Precision is the caller's (autocast), and
-# use_remat is `checkpoint_blocks`.
-FLAX_FIXED = dict(use_qknorm=True, use_swiglu=True, use_rope=True, use_rmsnorm=True, dropout_prob=0.0)
-FLAX_IGNORED = ("use_bf16", "use_remat")
+def _read_converted(folder, cls, config, keep):
+    """State dict of an artifact. keep: from, or else into, a copy in our format among huggingface_hub's assets."""
+    source, names = folder / "ema_params.msgpack", FLAX_GENERATOR_NAMES if cls is Generator else FLAX_MAE_NAMES
+    if not keep:
+        return _flax_state_dict(read_flax(source), names)
+    from huggingface_hub import cached_assets_path
+    from huggingface_hub.utils import WeakFileLock
+    repository, _, *place = folder.parts[folder.parts.index("snapshots") - 1:]  # the commit is in it: bytes never change
+    copy = cached_assets_path("drifting", repository, "--".join(place))
+    with WeakFileLock(copy / ".lock"):  # of many processes, one converts
+        try:
+            return _read_safetensors(copy / "model.safetensors")
+        except ValueError:  # not there yet, or damaged
+            state = _flax_state_dict(read_flax(source), names)
+        try:
+            from safetensors.torch import save_file
+            save_file(state, copy / "model.tmp")
+            (copy / "config.json").write_text(json.dumps(config))
+            (copy / "model.tmp").replace(copy / "model.safetensors")
+        except Exception as error:  # no room: the next start decodes again
+            (copy / "model.tmp").unlink(missing_ok=True)
+            print(f"{copy}: no converted copy kept ({_one_line(error)})", file=sys.stderr)
+    return state
+
+
+def _one_line(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+# Released configs say which layers they use; here these are not options.
+FLAX_FIXED = dict(use_qknorm=True, use_swiglu=True, use_rope=True, use_rmsnorm=True)
+# Precision is the caller's (autocast), use_remat is `checkpoint_blocks`, and dropout acts in training alone.
+FLAX_IGNORED = ("use_bf16", "use_remat", "dropout_prob")
 
 # Flax path -> our name, tried in order on the whole path. kernel, scale and embedding are renamed to weight below.
 FLAX_GENERATOR_NAMES = [
@@ -424,7 +675,7 @@ def _flax_state_dict(params, names):
         if name.startswith("style_embed."):
             styles[int(name.split(".")[1])] = array
         else:
-            state[name] = array.contiguous()
+            state[name] = array.clone(memory_format=torch.contiguous_format)
     if styles:
         state["style_embed"] = torch.stack([styles[i] for i in sorted(styles)])
     return state
@@ -434,15 +685,18 @@ def read_flax(path):
     """A flax msgpack file as {path/of/keys: tensor}: maps, arrays and numbers, no other Python object is ever built.
 
     An array is ext type 1 (3: a scalar) holding msgpack (shape, dtype name, bytes); arrays of over 2^30 bytes are maps
-    of chunks. Raises ValueError for a truncated or foreign file.
+    of chunks. Tensors lie on the bytes read: clone before writing to them. Raises ValueError for a truncated or foreign
+    file.
     """
     import msgpack
 
     def array(code, data):
         if code not in (1, 3):
             raise ValueError(f"ext type {code}")
+        mapped.madvise(mmap.MADV_DONTNEED)  # pages of the file that have been read need not stay in memory
         shape, dtype, raw = msgpack.unpackb(data)
-        return torch.frombuffer(bytearray(raw), dtype=getattr(torch, dtype)).reshape(tuple(shape))
+        dtype = getattr(torch, {"V2": "bfloat16"}.get(dtype, dtype))  # V2: as older flax names it
+        return torch.frombuffer(raw, dtype=dtype).reshape(tuple(shape)) if raw else torch.empty(shape, dtype=dtype)
 
     def flatten(tree, prefix=""):
         for key, value in tree.items():
@@ -452,16 +706,17 @@ def read_flax(path):
                 yield prefix + key, torch.cat(chunks).reshape(shape)
             elif isinstance(value, dict):
                 yield from flatten(value, f"{prefix}{key}/")
-            elif isinstance(value, torch.Tensor):
-                yield prefix + key, value
+            elif isinstance(value, (torch.Tensor, int, float)):
+                yield prefix + key, torch.as_tensor(value)
             else:
                 raise ValueError(f"{prefix}{key} holds a {type(value).__name__}, not an array")
 
     try:
-        with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as mapped, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, that bytes cannot be written to
             tree = msgpack.unpackb(mapped, ext_hook=array, strict_map_key=True)
         return dict(flatten(tree))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: not found; the authors' artifact is metadata.json + ema_params.msgpack") from None
+        raise FileNotFoundError(f"{path}: not found; the authors' artifact is {' + '.join(FLAX_FILES)}") from None
     except Exception as error:  # msgpack raises a dozen kinds for bytes that are not what they should be
-        raise ValueError(f"{path}: truncated, or not a flax msgpack file ({type(error).__name__}: {error})") from None
+        raise ValueError(f"{path}: truncated, or not a flax msgpack file ({_one_line(error)})") from None

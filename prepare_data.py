@@ -33,8 +33,9 @@ DIGITS = Path(__file__).parent / "assets" / "digits.npz"
 class Dataset:
     """A prepared split: images as a memmap, and ids drawn from a class, from all, or from shuffled epochs.
 
-    `images` uint8 [N, C, H, W], `labels` int64 [N], `meta` the json. Raises FileNotFoundError or ValueError, in one line,
-    for a folder that is not there, not whole, or whose labels do not fit its classes.
+    `images` is the memmap: uint8 [N, C, H, W], or of kind `latents` float16 [N, 2, 2C, H, W], of the image and its mirror
+    image the mean and the standard deviation of their latents. `shape` is [C, H, W], `labels` int64 [N], `meta` the json.
+    Raises FileNotFoundError or ValueError, in one line, for a folder that is not there, not whole, or whose labels do not fit its classes.
     """
 
     def __init__(self, folder, split="train"):
@@ -43,10 +44,12 @@ class Dataset:
             raise FileNotFoundError(f"{path}: no prepared data there; make it with: python prepare_data.py --data SOURCE "
                                     f"--out {folder}")
         self.meta = json.loads((path / "meta.json").read_text())
-        shape, size = tuple(self.meta["shape"]), (path / "images.bin").stat().st_size
-        if size != np.prod(shape):
-            raise ValueError(f"{path}/images.bin has {size} bytes, its meta.json says {np.prod(shape)}: prepare it again")
-        self.images = np.memmap(path / "images.bin", np.uint8, "r", shape=shape)
+        shape, dtype, size = tuple(self.meta["shape"]), np.dtype(self.meta["dtype"]), (path / "images.bin").stat().st_size
+        if size != np.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{path}/images.bin has {size} bytes, its meta.json says {np.prod(shape) * dtype.itemsize}: "
+                             "prepare it again")
+        self.images = np.memmap(path / "images.bin", dtype, "r", shape=shape)
+        self.shape = (shape[2] // 2, *shape[3:]) if self.meta["kind"] == "latents" else shape[1:]
         self.labels = np.load(path / "labels.npy", allow_pickle=False)
         self.count = np.bincount(self.labels, minlength=self.num_classes)
         if len(self.labels) != shape[0] or len(self.count) > self.num_classes or (np.diff(self.labels) < 0).any():
@@ -68,10 +71,18 @@ class Dataset:
         parts = json.dumps(self.meta).encode(), self.labels.tobytes(), self.images[spread].tobytes()
         return hashlib.sha256(b"".join(parts)).hexdigest()
 
-    def batch(self, ids):
-        """Images of these ids as float32 [n, C, H, W] in [-1, 1]."""
+    def batch(self, ids, rng=None, flip=False):
+        """Samples of these ids, float32 [n, C, H, W]: pixels in [-1, 1]; latents drawn anew (without rng: their means).
+
+        flip: mirror each with probability 1/2. rng: numpy Generator.
+        """
         import torch
-        return torch.from_numpy(self.images[np.asarray(ids)]).float().div_(127.5).sub_(1)
+        ids, flips = np.asarray(ids), rng.random(len(ids)) < 0.5 if flip else np.zeros(len(ids), bool)
+        if self.meta["kind"] == "latents":
+            mean, std = torch.from_numpy(self.images[ids, flips.astype(int)]).float().chunk(2, 1)
+            return mean if rng is None else mean + std * torch.from_numpy(rng.standard_normal(mean.shape, np.float32))
+        x = torch.from_numpy(self.images[ids]).float().div_(127.5).sub_(1)
+        return torch.where(torch.from_numpy(flips)[:, None, None, None], x.flip(3), x) if flip else x
 
     def draw(self, label, n, rng):
         """n ids of one class, without replacement (rng: numpy Generator)."""

@@ -32,19 +32,19 @@ PRESETS = {
     "digits_encoder": dict(stage="encoder", data="data/digits", input_patch_size=2, base_channels=64, layers=[1, 1, 1],
                            batch_size=128, steps=400, lr=2e-3, warmup=50, cls_steps=150, cls_ramp=50, ema_decay=0.99,
                            sample_every=200, save_every=100),
-    "digits": dict(stage="generator", data="data/digits", encoder="digits_encoder", model="XS", patch_size=4, labels=10,
+    "digits": dict(stage="generator", data="data/digits", encoder=["digits_encoder"], model="XS", patch_size=4, labels=10,
                    gen=24, pos=48, uncond=12, alpha_power=2, steps=800, lr=2.5e-3, warmup=30, cooldown=550, ema_decay=0.99, reals="index",
                    sample_every=100, save_every=150),
     # For one modern GPU and about an hour, by arithmetic; not run yet.
     "cifar10_encoder": dict(stage="encoder", data="data/cifar10", base_channels=64, batch_size=512, steps=8000, lr=1e-3,
                             warmup=500, crop_scale=0.2, cls_steps=3000, ema_decay=0.999, save_every=2000),
-    "cifar10": dict(stage="generator", data="data/cifar10", encoder="cifar10_encoder", model="S", labels=16, gen=64, pos=64,
+    "cifar10": dict(stage="generator", data="data/cifar10", encoder=["cifar10_encoder"], model="S", labels=16, gen=64, pos=64,
                     uncond=16, steps=10000, lr=4e-4, warmup=500, flip=True, ema_decay=0.999),
     # For two CPU cores: shows progress, not more.
     "cifar10_cpu_encoder": dict(stage="encoder", data="data/cifar10", input_patch_size=2, base_channels=32, layers=[1, 1, 1],
                                 batch_size=64, steps=400, lr=1e-3, warmup=50, cls_steps=200, cls_ramp=50, ema_decay=0.99,
                                 sample_every=200, save_every=200),
-    "cifar10_cpu": dict(stage="generator", data="data/cifar10", encoder="cifar10_cpu_encoder", model="XS", patch_size=4,
+    "cifar10_cpu": dict(stage="generator", data="data/cifar10", encoder=["cifar10_cpu_encoder"], model="XS", patch_size=4,
                         labels=4, gen=16, pos=16, uncond=8, push=64, steps=1000, lr=1e-3, warmup=50, flip=True, ema_decay=0.99,
                         sample_every=50, save_every=100),
 }
@@ -62,6 +62,8 @@ def build_parser(preset=None):
     g.add_argument("--seed", type=int, default=0, help="with the step, all that randomness depends on")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda computes in bfloat16")
     g.add_argument("--compile", action="store_true", help="torch.compile the networks")
+    g.add_argument("--init_from", help="weights to start from: whatever --ckpt of sample.py takes, of the same sizes")
+    g.add_argument("--no_converted_copy", action="store_true", help="keep no safetensors copy of published weights")
     g.add_argument("--log_every", type=int, default=10, help="steps between lines of log.jsonl")
     g.add_argument("--sample_every", type=int, default=1000, help="steps between pictures")
     g.add_argument("--save_every", type=int, default=1000, help="steps between checkpoints; the last two are kept")
@@ -83,8 +85,12 @@ def build_parser(preset=None):
     g.add_argument("--cls_weight", type=float, default=0.1, help="lam of loss = lam CE + (1 - lam) reconstruction")
     g.add_argument("--cls_ramp", type=int, default=1000, help="steps in which lam rises from 0")
     g = parser.add_argument_group("stage generator (A.8)")
-    g.add_argument("--encoder", help="whose features samples drift in: a run, checkpoint or artifact folder, or a preset "
-                   "(then runs/PRESET, trained first where it is missing)")
+    g.add_argument("--encoder", nargs="+", help="whose features samples drift in, one or several: a run, checkpoint or artifact "
+                   "folder, hf://..., or a preset (then runs/PRESET, trained first where it is missing)")
+    g.add_argument("--pixel_encoder", action="store_true", help="of a generator of latents: the encoder sees decoded samples, "
+                   "gradients pass through the decoder (sec. 4)")
+    g.add_argument("--vae", default="hf://stabilityai/sd-vae-ft-mse", help="decoder of latents, here or on the Hub")
+    g.add_argument("--vae_chunk", type=int, default=16, help="images it decodes at a time: bounds its memory")
     g.add_argument("--model", choices=model.GENERATOR_SIZES, default="B", help="size of the generator")
     g.add_argument("--patch_size", type=int, default=2, help="of the generator's tokens")
     g.add_argument("--attn_fp32", action="store_true", help="attention in float32")
@@ -150,7 +156,7 @@ class EncoderStage:
 
     def __init__(self, args, data):
         self.args, self.data = args, data
-        _, c, h, _ = data.images.shape
+        c, h, _ = data.shape
         factor = args.input_patch_size * 2 ** (len(args.layers) - 1)
         if args.batch_size % world_size() or h % factor or h // args.input_patch_size % 2:
             raise ValueError(f"--batch_size must be divisible by {world_size()} processes, and images of {h} pixels by "
@@ -206,20 +212,28 @@ class GeneratorStage:
                              f"{data.count.min()} images")
         if args.reals == "queue" and args.pos > 128:
             raise ValueError(f"--pos {args.pos}: a class's queue holds 128; use --reals index")
-        _, c, h, _ = data.images.shape
+        c, h, _ = data.shape
         self.net = model.Generator(input_size=h, in_channels=c, patch_size=args.patch_size, num_classes=data.num_classes,
                                    attn_fp32=args.attn_fp32, **model.GENERATOR_SIZES[args.model])
         self.net.checkpoint_blocks = args.checkpoint_blocks
-        if args.encoder in PRESETS:
-            main(["--preset", args.encoder, "--data", args.data, "--device", args.device, "--seed", str(args.seed),
-                  *(["--compile"] if args.compile else [])])
-            args.encoder = f"runs/{args.encoder}"
-        self.encoder = model.load_encoder(args.encoder).requires_grad_(False).to(args.device)
-        if self.encoder.in_channels != c:
-            raise ValueError(f"--encoder {args.encoder} is for {self.encoder.in_channels} channels, --data has {c}")
-        self.forward, self.encode = self.net, self.encoder.features
+        latents = data.meta["kind"] == "latents"
+        if args.pixel_encoder and not latents:
+            raise ValueError(f"--pixel_encoder is for generators of latents, and {args.data} holds pixels")
+        self.vae = model.load_vae(args.vae, args.device, args.vae_chunk, args.compile) if latents else None
+        for i, name in enumerate(args.encoder):
+            if name in PRESETS:
+                main(["--preset", name, "--data", args.data, "--device", args.device, "--seed", str(args.seed),
+                      *(["--compile"] if args.compile else [])])
+                args.encoder[i] = f"runs/{name}"
+        self.encoders = torch.nn.ModuleList(model.load_encoder(name, not args.no_converted_copy) for name in args.encoder)
+        self.encoders.requires_grad_(False).to(args.device)
+        for name, encoder in zip(args.encoder, self.encoders):
+            if encoder.in_channels != (3 if args.pixel_encoder else c):
+                raise ValueError(f"--encoder {name} takes {encoder.in_channels} channels, the samples have {c}" + (
+                    "; an encoder of pixels needs --pixel_encoder" if latents else ""))
+        self.forward, self.encode = self.net, [encoder.features for encoder in self.encoders]
         if args.compile:
-            self.forward, self.encode = torch.compile(self.net), torch.compile(self.encode)
+            self.forward, self.encode = torch.compile(self.net), [torch.compile(encode) for encode in self.encode]
         self.queue = self.filled_queue() if args.reals == "queue" else None
 
     def filled_queue(self):
@@ -253,17 +267,18 @@ class GeneratorStage:
                                        device=args.device))
             source = self.queue or self.data
             ids = np.concatenate([source.draw(labels[slot], args.pos, rng), source.draw_any(args.uncond, rng)])
-            reals = self.data.batch(ids)
-            if args.flip:
-                flips = torch.from_numpy(rng.random(len(ids)) < 0.5)[:, None, None, None]
-                reals = torch.where(flips, reals.flip(3), reals)
+            reals = self.data.batch(ids, rng, args.flip)
             pos.append(reals[:args.pos]), uncond.append(reals[args.pos:])
         mine = torch.from_numpy(labels[per_process * get_rank():][:per_process])
         return mine, torch.cat(alpha), torch.cat(noise), torch.cat(style), torch.cat(pos), torch.cat(uncond)
 
     def features(self, x, labels):
-        """Samples [labels * n, c, h, w] -> {name: [labels, n, T, C]}: the samples themselves and the encoder's features."""
-        found = {"global": rearrange(x, "n c h w -> n 1 (h w c)"), **self.encode(x)}
+        """Samples [labels * n, c, h, w] -> {name: [labels, n, T, C]}: the samples themselves and the encoders' features."""
+        found = {"global": rearrange(x, "n c h w -> n 1 (h w c)")}
+        if self.args.pixel_encoder:  # of reals too: their originals would differ from any latent's image
+            x = self.vae.decode(x)
+        for encode in self.encode:
+            found.update(encode(x))
         return {name: f.unflatten(0, (labels, -1)) for name, f in found.items()}
 
     def loss(self, step):
@@ -285,7 +300,7 @@ class GeneratorStage:
     def preview(self, ema):
         """A grid with one column a class, always of the same noise. Returns uint8 images, columns."""
         columns = min(10, ema.num_classes)
-        images = sample.generate(ema, np.arange(8 * columns) % columns, np.arange(8 * columns))
+        images = sample.generate(ema, np.arange(8 * columns) % columns, np.arange(8 * columns), vae=self.vae)
         return sample.to_uint8(images), columns
 
 
@@ -326,6 +341,8 @@ def main(argv):
 
     torch.manual_seed(args.seed)  # initial weights; everything later is seeded by its step
     stage = (EncoderStage if args.stage == "encoder" else GeneratorStage)(args, data)
+    if args.init_from and model.latest_checkpoint(out) is None:
+        start_from(args.init_from, stage.net, args)
     net = stage.net.to(args.device).train()
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     params, ema_params = list(net.parameters()), list(ema.parameters())
@@ -338,7 +355,7 @@ def main(argv):
         out.mkdir(parents=True, exist_ok=True)
         print_options(args, sum(p.numel() for p in params), data, start)
 
-    evaluator = Evaluator(args) if args.stage == "generator" and args.eval_every else None
+    evaluator = Evaluator(args, stage.vae) if args.stage == "generator" and args.eval_every else None
     from tqdm import tqdm
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.out, disable=not main_process,
                     mininterval=1)
@@ -383,14 +400,14 @@ def main(argv):
 class Evaluator:
     """fid.py inside training, on all processes: figures go to log.jsonl, the best EMA weights to OUT/best."""
 
-    def __init__(self, args):
+    def __init__(self, args, vae):
         import fid
-        self.fid, self.args, self.best = fid, args, Path(args.out) / "best"
+        self.fid, self.args, self.vae, self.best = fid, args, vae, Path(args.out) / "best"
         self.extractor = fid.load_extractor(args.eval_features, device=args.device)
         self.reference = fid.open_reference(self.extractor, args.eval_ref, None if args.eval_ref else args.data)
 
     def __call__(self, ema, step, num_images):
-        row = self.fid.evaluate(self.fid.generated(ema, seed=self.args.seed), num_images, self.extractor, self.reference)
+        row = self.fid.evaluate(self.fid.generated(ema, seed=self.args.seed, vae=self.vae), num_images, self.extractor, self.reference)
         if get_rank() > 0:
             return
         with open(Path(self.args.out) / "log.jsonl", "a") as f:
@@ -407,6 +424,16 @@ class Evaluator:
             self.best.rename(old)
         partial.rename(self.best)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def start_from(path, net, args):
+    """Copy the weights of a checkpoint of any source into a network of the same sizes."""
+    load = model.load_generator if args.stage == "generator" else model.load_encoder
+    try:
+        net.load_state_dict(load(path, not args.no_converted_copy).state_dict())
+    except RuntimeError as error:
+        raise ValueError(f"--init_from {path} is of another model than these options and --data build "
+                         f"({str(error).splitlines()[1].strip():.150}...)") from None
 
 
 def learning_rate(step, args):
@@ -493,7 +520,7 @@ def load_checkpoint(out, args, net, ema, optimizer, stage):
 def print_options(args, num_params, data, start):
     """The run's options, those that differ from the defaults marked; also kept in options.json."""
     defaults = build_parser().parse_args([])
-    print(f"{args.stage}: {num_params / 1e6:.1f}M parameters, {len(data)} images {data.meta['shape'][1:]} of "
+    print(f"{args.stage}: {num_params / 1e6:.1f}M parameters, {len(data)} images {list(data.shape)} of "
           f"{data.num_classes} classes, {world_size()} process(es)" + (f", resuming at step {start}" if start else ""))
     for key, value in vars(args).items():
         print(f"  {'*' if value != getattr(defaults, key) else ' '} {key} {value}")
