@@ -20,8 +20,36 @@ from torch import nn
 
 from drift import full, multi_scale_features
 
+# What the Hub's page of a saved model says (save_pretrained, push_to_hub).
 HUB_CARD = dict(library_name="drifting", license="mit", tags=["drifting", "one-step-generation"],
-                paper_url="https://arxiv.org/abs/2602.04770")
+                paper_url="https://arxiv.org/abs/2602.04770", model_card_template="""---
+{{ card_data }}
+---
+# A model of "Generative Modeling via Drifting"
+
+One-step image generation ([paper]({{ paper_url }})). `config.json` holds the constructor's arguments, `model.safetensors` the
+weights, averaged over training. With the project's scripts beside you:
+
+```bash
+python sample.py --ckpt hf://USER/REPO                # if it is a generator: a grid of samples
+python train.py --encoder hf://USER/REPO ...          # if it is an encoder: train a generator in its features
+```
+
+```python
+from model import Generator, MAE
+generator = Generator.from_pretrained("USER/REPO")    # noise [n,c,h,w], class [n], alpha [n], style indices [n,32] -> [n,c,h,w]
+encoder = MAE.from_pretrained("USER/REPO")            # encoder.features(x [n,c,h,w]) -> {name: [n,T,C]}
+```
+""")
+
+
+class Pretrained(PyTorchModelHubMixin, **HUB_CARD):
+    """save_pretrained, from_pretrained, push_to_hub as the Hub's users know them, but weights that do not fit are an error."""
+
+    @classmethod
+    def _from_pretrained(cls, **options):
+        return super()._from_pretrained(**{**options, "strict": True})
+
 
 # Table 8. XS and S are ours, for small images on small machines.
 GENERATOR_SIZES = {
@@ -35,7 +63,7 @@ GENERATOR_SIZES = {
 # ------------------------------------------------------------------------------------------------------------------
 # Generator
 
-class Generator(nn.Module, PyTorchModelHubMixin, **HUB_CARD):
+class Generator(nn.Module, Pretrained):
     """DiT from noise to sample in one forward pass (A.2, Table 8): noise, class, alpha and styles in, image out.
 
     Sizes: `Generator(**GENERATOR_SIZES["B"], ...)`. The defaults are those of latents 32x32x4 with patch 2.
@@ -194,7 +222,7 @@ def sincos_2d(grid, width):
 # ------------------------------------------------------------------------------------------------------------------
 # Encoder
 
-class MAE(nn.Module, PyTorchModelHubMixin, **HUB_CARD):
+class MAE(nn.Module, Pretrained):
     """ResNet masked autoencoder (A.3): its encoder's multi-scale features are the space in which samples drift.
 
     Pixel models patchify first: `input_patch_size` 8 turns 256x256x3 into 32x32x192. `layers` are the residual blocks
@@ -524,15 +552,18 @@ def resolve(path, *alternatives):
     if address in PUBLISHED:
         address, alternatives = f"{HUB_REPO}/{PUBLISHED[address]}", [FLAX_FILES]
     user, repo, subfolder = (address.split("/", 2) + ["", ""])[:3]
+    offline = False
     if not repo:
         raise ValueError(f"{path}: not one of {', '.join(PUBLISHED)}, and no hf://USER/REPO[/SUBFOLDER][@REVISION]")
     try:
         for files in alternatives:
             try:
                 for name in files:
-                    file = hf_hub_download(f"{user}/{repo}", name, subfolder=subfolder or None, revision=revision or None)
+                    file = hf_hub_download(f"{user}/{repo}", name, subfolder=subfolder or None, revision=revision or None,
+                                           local_files_only=offline)
                 return Path(file).parent
-            except errors.EntryNotFoundError:  # the next alternative; `name` is not there, or offline not in the cache
+            except errors.EntryNotFoundError as error:  # the next alternative: `name` is not there,
+                offline = offline or isinstance(error, errors.LocalEntryNotFoundError)  # or the Hub out of reach: once is enough
                 if files is alternatives[-1]:
                     raise
     except errors.LocalEntryNotFoundError:
@@ -546,7 +577,7 @@ def resolve(path, *alternatives):
         raise FileNotFoundError(f"{path}: no repository {user}/{repo} on the Hub, or a private one: `hf auth login`, or set "
                                 "HF_TOKEN") from None
     except Exception as error:  # of the network, of a disk without room, of a name that cannot be one
-        raise OSError(f"{path}: {name} could not be downloaded ({_one_line(error)}); run again, it goes on where it was") from None
+        raise OSError(f"{path}: {name} could not be downloaded ({_one_line(error)}); run again") from None
 
 
 def _load(path, keep_converted, kinds):
