@@ -653,6 +653,7 @@ def _read_converted(folder, cls, config, keep):
             save_file(state, copy / "model.tmp")
             (copy / "config.json").write_text(json.dumps(config))
             (copy / "model.tmp").replace(copy / "model.safetensors")
+            return _read_safetensors(copy / "model.safetensors")  # as next time: rounding depends on where weights lie in memory
         except Exception as error:  # no room: the next start decodes again
             (copy / "model.tmp").unlink(missing_ok=True)
             print(f"{copy}: no converted copy kept ({_one_line(error)})", file=sys.stderr)

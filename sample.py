@@ -112,8 +112,8 @@ def parse(argv=None):
     parser.add_argument("--ckpt", required=True, help="run or checkpoint folder, folder of the authors' artifact, or on the Hub "
                         "hf://NAME or hf://USER/REPO[/SUBFOLDER][@REVISION]")
     parser.add_argument("--classes", type=int, nargs="+", help="class numbers (default: the first ten)")
-    parser.add_argument("--cfg_scale", type=float, nargs="+", default=[1.0], help="guidance alpha, 1 to 4; several give a grid of "
-                        "one labelled row each (default: 1.0)")
+    parser.add_argument("--cfg_scale", type=float, nargs="+", default=[1.0], help="guidance alpha, 1 to 4; several give a "
+                        "grid of one labelled row each (default: 1.0)")
     parser.add_argument("--style", choices=STYLES, nargs="+", default=["free"], help="free: every image its own noise and style "
                         "indices; fixed: all have the first one's style indices; alone: all have its noise, and style indices of "
                         "their own. Several give one labelled row each (default: free)")

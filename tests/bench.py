@@ -1,10 +1,15 @@
-"""Speed, as ratios within one run: `python tests/bench.py [drift] [frechet]`, on two threads or as many as OMP_NUM_THREADS says.
+"""Speed, as ratios within one run: `python tests/bench.py [names]`, on two threads or as many as OMP_NUM_THREADS says.
 
 drift    the loss with its gradient against the plain port of tests/reference.py: A B A B ..., medians of wall seconds
 frechet  the trace term of fid.py at 2048 dimensions against scipy.linalg.sqrtm: CPU seconds
+load     reading artifacts of the sizes of latent_B_sota and latent_L_sota (random weights, 3.7 GB in a temporary folder):
+         seconds and peak of memory, authors' msgpack against the converted safetensors copy
+load640  the same of mae_latent_640 (22 GB in a temporary folder; only when named)
 """
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -47,6 +52,45 @@ def bench_frechet(d=2048):
           f"ratio {(end - middle) / (middle - began):.1f}, difference {abs(ours - theirs):.1e}")
 
 
+LOAD = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import model
+open("/proc/self/clear_refs", "w").write("5")  # the peak begins here (Linux)
+memory = lambda: 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+before, began = memory(), time.perf_counter()
+net = (model.load_generator if sys.argv[2] == "gen" else model.load_encoder)(sys.argv[3])
+for p in net.parameters():
+    p.data.sum()  # so that every weight is in memory, mapped ones too
+print(time.perf_counter() - began, memory() - before)
+if len(sys.argv) > 4:
+    net.save_pretrained(sys.argv[4])
+"""
+
+
+def bench_load(names=("latent_B_sota", "latent_L_sota"), runs=3):
+    import conftest
+    configs = {"latent_B_sota": ("gen", conftest.published_generator("B")),
+               "latent_L_sota": ("gen", conftest.published_generator("L")),
+               "mae_latent_640": ("mae", dict(base_channels=640, layers=[3, 4, 6, 3], num_classes=1000))}
+    for name in names:
+        with tempfile.TemporaryDirectory() as temporary:
+            kind, config = configs[name]
+            artifact, copy = conftest.random_artifact(Path(temporary) / name, kind, **config), Path(temporary) / "copy"
+            size = (artifact / "ema_params.msgpack").stat().st_size
+
+            def load(folder, *save):  # in a fresh process
+                command = [sys.executable, "-c", LOAD, str(Path(__file__).parent.parent), kind, str(folder), *map(str, save)]
+                return tuple(map(float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()))
+
+            load(artifact, copy)
+            (theirs, peak), (ours, peak_copy) = (map(statistics.median, zip(*(load(folder) for _ in range(runs))))
+                                                 for folder in (artifact, copy))
+            print(f"loading {name}, {size / 1e9:.2f} GB: msgpack {theirs:.1f} s, peak {peak / size:.2f} times its size; "
+                  f"converted copy {ours:.1f} s, {peak_copy / size:.2f} times; ratio {theirs / ours:.1f}", flush=True)
+
+
 if __name__ == "__main__":
-    for name in sys.argv[1:] or ["drift", "frechet"]:
-        {"drift": bench_drift, "frechet": bench_frechet}[name]()
+    benches = {"drift": bench_drift, "frechet": bench_frechet, "load": bench_load}
+    for name in sys.argv[1:] or benches:
+        bench_load(["mae_latent_640"], 1) if name == "load640" else benches[name]()

@@ -12,6 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "tests" / "fixtures"
 sys.path.insert(0, str(ROOT))
+import model  # noqa: E402
 
 
 def nchw(array):
@@ -30,42 +31,69 @@ def flax_array(array, name=None):
 
 
 def write_flax(path, arrays):
-    """{path/of/keys: numpy array} -> flax msgpack file of nested maps."""
-    tree = {}
+    """{path/of/keys: numpy array, a function that makes it, or a msgpack value} -> flax msgpack file of nested maps.
+
+    One array at a time is in memory: 10 GB can be written.
+    """
+    tree, packer = {}, msgpack.Packer()
     for name, array in arrays.items():
         *parents, leaf = name.split("/")
         node = tree
         for key in parents:
             node = node.setdefault(key, {})
-        node[leaf] = flax_array(array) if isinstance(array, np.ndarray) else array
-    Path(path).write_bytes(msgpack.packb(tree))
+        node[leaf] = array
+
+    def write(node):
+        if isinstance(node, dict):
+            file.write(packer.pack_map_header(len(node)))
+            for key, value in node.items():
+                file.write(packer.pack(key))
+                write(value)
+        else:
+            node = node() if callable(node) else node
+            file.write(packer.pack(flax_array(node) if isinstance(node, np.ndarray) else node))
+
+    with open(path, "wb") as file:
+        write(tree)
 
 
-def random_generator_artifact(folder, **config):
-    """An artifact of a generator as the authors publish it, of any size, with random weights (none of them zero)."""
-    import model
-    tiny = FIXTURES / "gen_latent_tiny"
-    metadata = json.loads((tiny / "metadata.json").read_text())
+def random_artifact(folder, kind, **config):
+    """An artifact as the authors publish it, of a generator ("gen") or MAE ("mae") of any size, with random weights."""
+    cls, tiny = {"gen": (model.Generator, "gen_latent_tiny"), "mae": (model.MAE, "mae_latent_tiny")}[kind]
+    metadata = json.loads((FIXTURES / tiny / "metadata.json").read_text())
     config = metadata["model_config"] = {**metadata["model_config"], **config}
     with torch.device("meta"):
-        shapes = {k: list(p.shape) for k, p in model.Generator(**model._flax_config(config)).state_dict().items()}
-    styles, rng, arrays = shapes.pop("style_embed"), np.random.default_rng(0), {}
-    for path in model.read_flax(tiny / "ema_params.msgpack"):  # one block and one style table stand for all
-        if re.search(r"blocks_(?!0/)|noise_embeds_(?!0/)", path):
-            continue
-        for i in range(config["depth"] if "blocks_0" in path else styles[0] if "noise_embeds_0" in path else 1):
-            name = re.sub(r"(blocks|noise_embeds)_0/", rf"\1_{i}/", path)
-            (ours, _), = model._flax_state_dict({name: torch.zeros(1, 1)}, model.FLAX_GENERATOR_NAMES).items()
-            shape = styles[1:] if ours == "style_embed" else shapes[ours]
-            if name.endswith("kernel"):
-                shape = shape[::-1]
-            scale = 0.02 if len(shape) == 1 else shape[0] ** -0.5
-            centre = float(name.endswith(("scale", "norm/weight")) or "RMSNorm" in name)
-            arrays[name] = rng.standard_normal(shape, np.float32) * np.float32(scale) + np.float32(centre)
+        shapes = {name: list(p.shape) for name, p in cls(**model._flax_config(config)).state_dict().items()}
+    rng, arrays = np.random.default_rng(0), {}
+
+    def add(path, shape):
+        if path.endswith("kernel"):
+            shape = shape[::-1] if len(shape) == 2 else [*shape[2:], shape[1], shape[0]]
+        centre, scale = (float(not path.endswith("bias")), 0.02) if len(shape) == 1 else (0, np.prod(shape[:-1]) ** -0.5)
+        arrays[path] = lambda: rng.standard_normal(shape, np.float32) * np.float32(scale) + np.float32(centre)
+
+    if kind == "mae":
+        for name, shape in shapes.items():
+            path = re.sub(r"(stages|layers)\.(\d+)", r"\1_\2", name).replace(".", "/")
+            add(re.sub("weight$", "kernel" if len(shape) > 1 else "scale", path), shape)
+    else:
+        styles = shapes.pop("style_embed")
+        for path in model.read_flax(FIXTURES / tiny / "ema_params.msgpack"):  # a block and a style table stand for all
+            if not re.search(r"blocks_(?!0/)|noise_embeds_(?!0/)", path):
+                for i in range(config["depth"] if "blocks_0" in path else styles[0] if "noise_embeds_0" in path else 1):
+                    name = re.sub(r"(blocks|noise_embeds)_0/", rf"\1_{i}/", path)
+                    (ours, _), = model._flax_state_dict({name: torch.zeros(1, 1)}, model.FLAX_GENERATOR_NAMES).items()
+                    add(name, styles[1:] if ours == "style_embed" else shapes[ours])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metadata.json").write_text(json.dumps(metadata))
     write_flax(folder / "ema_params.msgpack", arrays)
     return folder
+
+
+def published_generator(size):
+    """The model_config of a generator of latents as published: `**published_generator("B")`."""
+    sizes = {"n_cls_tokens": 16, **model.GENERATOR_SIZES[size]}
+    return dict(input_size=32, cond_dim=sizes["hidden_size"], num_classes=1000, noise_classes=64, noise_coords=32, **sizes)
 
 
 def small_vae(folder):

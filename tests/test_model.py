@@ -41,6 +41,29 @@ def test_mae_matches_the_release(mae_artifact):
         assert relative_error(feature, expected[name]) < 1e-4, name
 
 
+def test_convnext_matches_the_release():
+    """Features of images in [0, 1]; the gradient at the input is that of finite differences."""
+    io = np.load(FIXTURES / "convnextv2_tiny/io.npz")
+    encoder = model.load_encoder(FIXTURES / "convnextv2_tiny")
+    x = nchw(io["images01_bhwc"]) * 2 - 1
+    features = encoder.features(x)
+    expected = {k.removeprefix("act/"): io[k] for k in io.files if k.startswith("act/")}
+    assert features.keys() == expected.keys() and not encoder.training
+    for name, feature in features.items():
+        if feature.shape[1] > 64:
+            feature = feature[:, ::7]  # the fixture keeps every 7th location
+        assert relative_error(feature.detach(), expected[name]) < 1e-5, name
+
+    encoder, x = encoder.double(), x[:1, :, ::2, ::2].double().requires_grad_()
+    weigh = {name: torch.randn(1, *f.shape[1:], generator=torch.Generator().manual_seed(0)) for name, f in features.items()}
+    value = lambda x: sum((f * weigh[name]).sum() for name, f in encoder.features(x).items())  # noqa: E731
+    gradient, = torch.autograd.grad(value(x), x)
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        slope = (value(x + 1e-5 * direction) - value(x - 1e-5 * direction)) / 2e-5
+    assert (gradient * direction).sum().item() == pytest.approx(slope.item(), rel=1e-5)
+
+
 def whole_step(mae_artifact, dtype):
     """Generator -> features -> summed losses -> gradients of the generator's weights, on `step_gen`."""
     io = np.load(FIXTURES / "step_gen/io.npz")
@@ -176,11 +199,18 @@ def test_flax_reader_knows_every_kind_of_leaf(tmp_path):
     half = torch.tensor([1.5, -2.25, 3e38], dtype=torch.bfloat16)
     tree = {"a": {"bf16": msgpack.ExtType(1, msgpack.packb(((3,), "bfloat16", half.view(torch.int16).numpy().tobytes()))),
                   "int": flax_array(np.array([[1, 2]], dtype=np.int8)),
-                  "scalar": msgpack.ExtType(3, msgpack.packb(((), "float64", np.float64(0.1).tobytes())))},
+                  "scalar": msgpack.ExtType(3, msgpack.packb(((), "float64", np.float64(0.1).tobytes()))),
+                  "old bf16": msgpack.ExtType(1, msgpack.packb(((3,), "V2", half.view(torch.int16).numpy().tobytes()))),
+                  "empty": flax_array(np.zeros((0, 3), np.float32)), "number": 7},
             "big": {"__msgpack_chunked_array__": True, "shape": {"0": 3, "1": 4},
                     "chunks": {str(i): flax_array(c) for i, c in enumerate(np.split(big.ravel(), 3))}}}
     (tmp_path / "x.msgpack").write_bytes(msgpack.packb(tree))
     read = model.read_flax(tmp_path / "x.msgpack")
+    assert torch.equal(read["a/old bf16"], half) and read["a/empty"].shape == (0, 3) and read["a/number"].item() == 7
+    for name in ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool"):
+        array = np.array([[0, 1, 1], [1, 0, 0]]).astype(name)
+        (tmp_path / "y.msgpack").write_bytes(msgpack.packb({"x": flax_array(array)}))
+        assert np.array_equal(model.read_flax(tmp_path / "y.msgpack")["x"].numpy(), array)
     assert torch.equal(read["a/bf16"], half) and read["a/int"].tolist() == [[1, 2]]
     assert read["a/scalar"].dtype == torch.float64 and read["a/scalar"].item() == 0.1
     assert np.array_equal(read["big"], big)
@@ -204,6 +234,9 @@ def artifact(tmp_path, change_config=lambda c: None, change_params=lambda p: Non
     (lambda c: None, lambda p: p.pop("Embed_0/embedding"), "class_embed.weight is missing"),
     (lambda c: c.update(num_classes=8), lambda p: None, r"class_embed.weight is \[7, 48\], should be \[8, 48\]"),
     (lambda c: None, lambda p: p.update(note="text"), "note holds a str"),
+    (lambda c: None, lambda p: p.update(code=msgpack.ExtType(5, b"x")), "ext type 5"),
+    (lambda c: None, lambda p: p.update(code=flax_array(np.zeros(2, np.float32), "object")), "not a flax msgpack"),
+    (lambda c: None, lambda p: p.update(code=flax_array(np.zeros(2, np.float32), "float64")), "not a flax msgpack"),
 ])
 def test_what_does_not_fit_is_named(tmp_path, config, params, message):
     with pytest.raises(ValueError, match=message):
@@ -213,8 +246,12 @@ def test_what_does_not_fit_is_named(tmp_path, config, params, message):
 def test_damaged_or_foreign_files_give_one_line(tmp_path, mae_artifact):
     with pytest.raises(FileNotFoundError, match="no model there"):
         model.load_generator(tmp_path)
-    with pytest.raises(ValueError, match="not a Generator"):
+    with pytest.raises(ValueError, match="metadata.json says kind mae, .*wanted is gen"):
         model.load_generator(mae_artifact)
+    with pytest.raises(ValueError, match="not a Generator .*hidden_sizes"):
+        model.load_generator(FIXTURES / "convnextv2_tiny")
+    with pytest.raises(ValueError, match="wanted is mae or convnextv2"):
+        model.load_encoder(FIXTURES / "gen_latent_tiny")
     folder = artifact(tmp_path)
     whole = (folder / "ema_params.msgpack").read_bytes()
     for bad in (whole[:-100], b"PK\x03\x04" + whole, b"", whole + whole):
