@@ -28,81 +28,118 @@ TEMPERATURES = (0.02, 0.05, 0.2)  # A.6
 # ------------------------------------------------------------------------------------------------------------------
 # The loss of one feature
 
-def drift_loss(gen, pos, neg=None, weight_neg=None, *, temperatures=TEMPERATURES, kernel="both",
-               attraction=1.0, repulsion=1.0, reduce=None):
+def drift_loss(gen, pos, neg=None, weight_neg=None, **options):
     """The drifting loss of one feature (sec. 3.2-3.4, A.6): value |V|^2, gradient -2 V / numel, nothing through V.
 
     gen [B, G, C], pos [B, P, C], neg [B, U, C] with weight_neg [B, U]; computed in float32 whatever comes in.
-    kernel       what the affinities are normalised over (Table 11): "both" axes (the method), "targets" only, or "none"
-    attraction,  multipliers of V+ and V- (Table 1). Unequal ones break the anti-symmetry, and training: FID 8.46 -> 41
-    repulsion    at attraction 1.5.
-    reduce       makes the loss of a batch in pieces equal to the loss of the whole. It takes a float64 vector of sums
-                 over this piece and returns the sums over all pieces (under torchrun: an all-reduce). Two calls a loss.
+    options: those of `drifting_field`, and reduce, which makes the loss of a batch in pieces equal to the loss of the
+    whole. It takes a float64 vector of sums over this piece and returns the sums over all pieces (under torchrun: an
+    all-reduce). Two calls a loss.
     Returns (loss [B], differentiable in gen; info of scalars: `scale`, and `force_TAU`, the mean squared force before
     it is normalised. Watch the latter: the loss itself is pinned near its start by that normalisation).
     Raises ValueError on shapes that do not fit together.
     """
+    loss, info = stacked_drift_loss(gen, pos, neg, weight_neg, **options)
+    return loss, {name: value[0] for name, value in info.items()}
+
+
+def stacked_drift_loss(gen, pos, neg=None, weight_neg=None, features=1, **options):
+    """`drift_loss` of several features of one shape, stacked in B: [features * b, G, C]. info has a vector [features] each."""
     if neg is None:
         neg, weight_neg = gen[:, :0], gen.new_ones(len(gen), 0)
     if gen.shape[::2] != pos.shape[::2] or gen.shape[::2] != neg.shape[::2] or weight_neg.shape != neg.shape[:2]:
         raise ValueError(f"drift_loss: gen {list(gen.shape)}, pos {list(pos.shape)}, neg {list(neg.shape)}, weight_neg "
                          f"{list(weight_neg.shape)} must be [B, G, C], [B, P, C], [B, U, C], [B, U]")
     with torch.no_grad(), torch.autocast(gen.device.type, enabled=False):  # in bf16 the softmax at tau = 0.02 is noise
-        force, step, info = drifting_field(*map(full, (gen, pos, neg, weight_neg)), temperatures, kernel, attraction,
-                                           repulsion, reduce or (lambda sums: sums))
+        force, step, info = drifting_field(gen, pos, neg, weight_neg.to(full(gen[:0]).dtype), features, **options)
         value = force.square().mean((1, 2))                                                      # [B]
-        grad = force * (-2 / (step * force[0].numel()))                                          # [B, G, C]
+        grad = force.mul_(-2 / (step * force[0].numel()))                                        # [B, G, C]
     return _ValueAndGradient.apply(gen, value, grad), info
 
 
-def drifting_field(gen, pos, neg, weight_neg, temperatures, kernel, attraction, repulsion, reduce):
+def drifting_field(gen, pos, neg, weight_neg, features=1, temperatures=TEMPERATURES, kernel="both", attraction=1.0,
+                   repulsion=1.0, reduce=lambda sums: sums):
     """V of sec. 3.2 summed over the temperatures (A.6), for features scaled to a mean distance of 1. Float32, no autograd.
 
-    Returns (force [B, G, C] in the scaled space, the size `step` of that space's unit in feature units, info).
+    kernel       what the affinities are normalised over (Table 11): "both" axes (the method), "targets" only, or "none"
+    attraction,  multipliers of V+ and V- (Table 1). Unequal ones break the anti-symmetry, and training: FID 8.46 -> 41
+    repulsion    at attraction 1.5.
+    Returns (force [B, G, C] in the scaled space, the size `step` [B, 1, 1] of that space's unit in feature units, info).
+
+    Only distances and the forces of each temperature exist for the whole batch; the rest is made chunk by chunk of entries,
+    small enough to stay in a CPU's cache, where it is three times faster than in memory.
     """
-    (B, G, C), U = gen.shape, neg.shape[1]
-    targets = torch.cat([gen, neg, pos], 1)                                                      # [B, N, C]
-    targets -= targets.mean(1, keepdim=True)          # moves nothing, and the Gram identity loses 100 times fewer digits
-    gen = targets[:, :G]
-    weight = torch.cat([gen.new_ones(B, G), weight_neg, gen.new_ones(B, pos.shape[1])], 1)[:, None]  # [B, 1, N]
-    dist = pairwise_distance(gen, targets)                                                       # [B, G, N]
+    (B, G, C), P, N = gen.shape, pos.shape[1], gen.shape[1] + neg.shape[1] + pos.shape[1]
+    size = max(1, CHUNK_BYTES[gen.device.type == "cuda"] // (4 * G * max(N, C)))
+    chunks = [slice(i, i + size) for i in range(0, B, size)]
+
+    def targets(c):
+        y = torch.cat([full(x[c]) for x in (gen, neg, pos)], 1)                                  # [b, N, C]
+        return y.sub_(y.mean(1, keepdim=True))    # moves nothing, and the Gram identity loses 100 times fewer digits
+
+    def per_feature(sums):  # of entries [..., B] -> of features [..., features], over the whole global batch
+        return sums.unflatten(-1, (features, -1)).sum(-1)
+
+    dist = gen.new_empty(B, G, N, dtype=full(gen[:0]).dtype)
+    sums = dist.new_zeros(2, B, dtype=torch.float64)
+    for c in chunks:
+        y = targets(c)
+        pairwise_distance(y[:, :G], y, out=dist[c])
+        sums[0, c] = total(dist[c]) + total(dist[c, :, G:N - P] * (weight_neg[c, None] - 1))
+    sums[1] = G * (N - neg.shape[1] + weight_neg.sum(1))
 
     # One scale for the whole feature, over every label and location of the global batch (A.6): mean(dist w) / mean(w).
     # Scales per label, or per process, would train another loss.
-    sums = reduce(torch.stack([total(dist * weight), G * total(weight)]))
-    scale = (sums[0] / sums[1]).to(gen.dtype)
-    step = (scale / math.sqrt(C)).clamp_min(1e-3)     # the feature's coordinates, in these units, have order 1
-    dist /= scale.clamp_min(1e-3)
-    dist[:, :, :G].diagonal(dim1=1, dim2=2).add_(100)  # a sample does not repel itself (A.6)
+    sums = reduce(per_feature(sums).flatten()).view(2, -1)
+    scale = (sums[0] / sums[1]).to(dist.dtype)                                                   # [features]
+    by_entry = scale.repeat_interleave(B // features)[:, None, None]                             # [B, 1, 1]
+    step = (by_entry / math.sqrt(C)).clamp_min(1e-3)  # a feature's coordinates, in these units, have order 1
 
-    forces = []
-    for tau in temperatures:
-        coeff = affinity(dist * (-1 / tau), kernel).mul_(weight)  # after the softmaxes: inside, a weight would act as its root
-        A_neg, A_pos = coeff[:, :, :G + U], coeff[:, :, G + U:]                                  # views
-        sum_neg, sum_pos = A_neg.sum(2, keepdim=True), A_pos.sum(2, keepdim=True)                # [B, G, 1]
+    sharpness = torch.tensor([-1 / tau for tau in temperatures], device=gen.device, dtype=dist.dtype).view(-1, 1, 1)
+    forces = [torch.empty_like(dist[:, :, :1].expand(B, G, C), memory_format=torch.contiguous_format) for _ in temperatures]
+    sums = dist.new_zeros(len(temperatures) + 1, B, dtype=torch.float64)
+    for c in chunks:
+        y, d = targets(c).div_(step[c]), dist[c].div_(by_entry[c].clamp_min(1e-3))
+        d[:, :, :G].diagonal(dim1=1, dim2=2).add_(100)  # a sample does not repel itself (A.6)
+        A = affinity(d[:, None] * sharpness, kernel)                                             # [b, taus, G, N]
+        A_neg, A_pos = A[..., :N - P], A[..., N - P:]                                            # views
+        A_neg[..., G:].mul_(weight_neg[c, None, None])  # after the softmaxes: inside, a weight would act as its root
+        sum_neg, sum_pos = A_neg.sum(3, keepdim=True), A_pos.sum(3, keepdim=True)                # [b, taus, G, 1]
         A_neg.mul_(-repulsion * sum_pos), A_pos.mul_(attraction * sum_neg)
-        forces.append((coeff @ targets - coeff.sum(2, keepdim=True) * gen) / step)               # [B, G, C]
+        if attraction != repulsion:  # else coefficients add up to 0, and where a sample itself is does not matter
+            A[..., :G].diagonal(dim1=2, dim2=3).sub_(((attraction - repulsion) * sum_neg * sum_pos)[..., 0])
+        together = torch.bmm(A.flatten(1, 2), y).unflatten(1, (-1, G))                           # [b, taus, G, C]
+        sums[:-1, c] = total(together.square()).T
+        for force, f in zip(forces, together.unbind(1)):
+            force[c] = f
+    sums[-1] = G * C
 
     # Each temperature's force gets unit mean square, again one scalar over the whole global batch (A.6).
-    sums = reduce(torch.stack([*(total(f.square()) for f in forces), torch.full_like(sums[0], gen.numel())]))
-    mean_square = (sums[:-1] / sums[-1]).to(gen.dtype)
-    force = sum(f / m.clamp_min(1e-8).sqrt() for f, m in zip(forces, mean_square))
+    sums = reduce(per_feature(sums).flatten()).view(len(sums), -1)
+    mean_square = (sums[:-1] / sums[-1]).to(dist.dtype)                                          # [taus, features]
+    for force, m in zip(forces, mean_square):
+        force.mul_(m.clamp_min(1e-8).rsqrt().repeat_interleave(B // features)[:, None, None])
+    for force in forces[1:]:
+        forces[0].add_(force)
     info = {"scale": scale, **{f"force_{tau}": m for tau, m in zip(temperatures, mean_square)}}
-    return force, step, info
+    return forces[0], step, info
 
 
-def pairwise_distance(x, y):
+CHUNK_BYTES = 1 << 19, 1 << 28  # of each intermediate of a chunk: on a CPU a few fit its cache, on a GPU they fill it
+
+
+def pairwise_distance(x, y, out=None):
     """Euclidean distances of x [B, G, C] to y [B, N, C] -> [B, G, N] by the Gram identity: one matrix product."""
-    square = torch.baddbmm(y.square().sum(2)[:, None], x, y.transpose(1, 2), alpha=-2) + x.square().sum(2)[:, :, None]
-    return square.clamp_min_(1e-8).sqrt_()
+    square = torch.baddbmm(y.square().sum(2)[:, None], x, y.transpose(1, 2), alpha=-2, out=out)
+    return square.add_(x.square().sum(2)[:, :, None]).clamp_min_(1e-8).sqrt_()
 
 
 def affinity(logits, kernel):
-    """Normalised kernel exp(logits) [B, G, N] (A.6, Table 11): the root of a softmax over targets times one over samples."""
+    """Normalised kernel exp(logits) [..., G, N] (A.6, Table 11): the root of a softmax over targets times one over samples."""
     if kernel == "both":
-        square = logits.softmax(2).mul_(logits.softmax(1))
+        square = logits.softmax(-1).mul_(logits.softmax(-2))
     elif kernel == "targets":
-        square = logits.softmax(2).square_()
+        square = logits.softmax(-1).square_()
     elif kernel == "none":
         square = (2 * logits).exp()
     else:
@@ -124,8 +161,8 @@ class _ValueAndGradient(torch.autograd.Function):
 
 
 def total(x):
-    """Sum in float64 of float32 row sums: a float32 sum of millions would be off by 3e-5."""
-    return x.sum(-1).sum(dtype=torch.float64)
+    """Sum [...] of x [..., G, N], in float64 of float32 row sums: a float32 sum of millions would be off by 3e-5."""
+    return x.sum(-1).sum(-1, dtype=torch.float64)
 
 
 def full(x):
@@ -140,18 +177,22 @@ def feature_drift_loss(gen, pos, neg=None, weight_neg=None, **options):
     """Sum over features of the mean drifting loss (A.5); the locations of a map are batch entries of their own.
 
     gen, pos, neg: {name: [labels, samples, T, C]}; weight_neg [labels, U]; options as for `drift_loss`.
-    Returns (total loss, losses {name: scalar}, infos {name: info}).
+    Returns (total loss, losses {name: scalar}, infos {name: info}). Features of one shape are computed together.
     """
-    def entries(feature):  # the kernel compares the same location across samples of the same label only
-        return rearrange(feature, "label sample t c -> (label t) sample c")
+    def entries(features, names):  # the kernel compares the same location across samples of the same label only
+        return torch.cat([rearrange(features[name], "label sample t c -> (label t) sample c") for name in names])
 
+    groups = {}
+    for name, feature in gen.items():
+        groups.setdefault((feature.shape[2:], feature.dtype), []).append(name)
     losses, infos = {}, {}
-    for name in gen:
-        T = gen[name].shape[2]
-        weighted = {} if neg is None else dict(neg=entries(neg[name]), weight_neg=weight_neg.repeat_interleave(T, 0))
-        loss, infos[name] = drift_loss(entries(gen[name]), entries(pos[name]), **weighted, **options)
-        losses[name] = loss.mean()
-    return sum(losses.values()), losses, infos
+    for ((T, C), _), names in groups.items():
+        weighted = {} if neg is None else dict(neg=entries(neg, names),
+                                               weight_neg=weight_neg.repeat_interleave(T, 0).repeat(len(names), 1))
+        loss, info = stacked_drift_loss(entries(gen, names), entries(pos, names), **weighted, features=len(names), **options)
+        losses.update(zip(names, loss.view(len(names), -1).mean(1)))
+        infos.update({name: {key: value[i] for key, value in info.items()} for i, name in enumerate(names)})
+    return sum(losses.values()), {name: losses[name] for name in gen}, {name: infos[name] for name in gen}
 
 
 def multi_scale_features(maps):
