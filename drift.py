@@ -26,111 +26,176 @@ TEMPERATURES = (0.02, 0.05, 0.2)  # A.6
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# The loss of one feature
+# The loss
 
 def drift_loss(gen, pos, neg=None, weight_neg=None, **options):
     """The drifting loss of one feature (sec. 3.2-3.4, A.6): value |V|^2, gradient -2 V / numel, nothing through V.
 
     gen [B, G, C], pos [B, P, C], neg [B, U, C] with weight_neg [B, U]; computed in float32 whatever comes in.
-    options: those of `drifting_field`, and reduce, which makes the loss of a batch in pieces equal to the loss of the
-    whole. It takes a float64 vector of sums over this piece and returns the sums over all pieces (under torchrun: an
-    all-reduce). Two calls a loss.
+    options: those of `drifting_field`.
     Returns (loss [B], differentiable in gen; info of scalars: `scale`, and `force_TAU`, the mean squared force before
     it is normalised. Watch the latter: the loss itself is pinned near its start by that normalisation).
     Raises ValueError on shapes that do not fit together.
     """
-    loss, info = stacked_drift_loss(gen, pos, neg, weight_neg, **options)
-    return loss, {name: value[0] for name, value in info.items()}
-
-
-def stacked_drift_loss(gen, pos, neg=None, weight_neg=None, features=1, **options):
-    """`drift_loss` of several features of one shape, stacked in B: [features * b, G, C]. info has a vector [features] each."""
     if neg is None:
         neg, weight_neg = gen[:, :0], gen.new_ones(len(gen), 0)
     if gen.shape[::2] != pos.shape[::2] or gen.shape[::2] != neg.shape[::2] or weight_neg.shape != neg.shape[:2]:
         raise ValueError(f"drift_loss: gen {list(gen.shape)}, pos {list(pos.shape)}, neg {list(neg.shape)}, weight_neg "
                          f"{list(weight_neg.shape)} must be [B, G, C], [B, P, C], [B, U, C], [B, U]")
-    with torch.no_grad(), torch.autocast(gen.device.type, enabled=False):  # in bf16 the softmax at tau = 0.02 is noise
-        force, step, info = drifting_field(gen, pos, neg, weight_neg.to(full(gen[:0]).dtype), features, **options)
-        value = force.square().mean((1, 2))                                                      # [B]
-        grad = force.mul_(-2 / (step * force[0].numel()))                                        # [B, G, C]
-    return _ValueAndGradient.apply(gen, value, grad), info
+    loss, info = _loss_of_alike([gen[:, :, None]], [pos[:, :, None]], [neg[:, :, None]], weight_neg, **options)
+    return loss[0], {name: value[0] for name, value in info.items()}
 
 
-def drifting_field(gen, pos, neg, weight_neg, features=1, temperatures=TEMPERATURES, kernel="both", attraction=1.0,
-                   repulsion=1.0, reduce=lambda sums: sums):
+def feature_drift_loss(gen, pos, neg=None, weight_neg=None, **options):
+    """Sum over features of the mean drifting loss (A.5); the locations of a map are batch entries of their own.
+
+    gen, pos, neg: {name: [labels, samples, T, C]}; weight_neg [labels, U]; options: those of `drifting_field`.
+    Returns (total loss, losses {name: scalar}, infos {name: info}).
+    """
+    if neg is None:
+        neg, weight_neg = {name: x[:, :0] for name, x in gen.items()}, next(iter(gen.values())).new_ones(0, 0)
+    alike = {}  # features of one shape are computed together: the sixty small ones would be lost time one by one
+    for name, x in gen.items():
+        alike.setdefault((x.shape, x.dtype), []).append(name)
+    losses, infos = {}, {}
+    for names in alike.values():
+        loss, info = _loss_of_alike(*([features[name] for name in names] for features in (gen, pos, neg)), weight_neg, **options)
+        losses.update({name: x.mean() for name, x in zip(names, loss)})
+        infos.update({name: {key: value[i] for key, value in info.items()} for i, name in enumerate(names)})
+    return sum(losses.values()), {name: losses[name] for name in gen}, {name: infos[name] for name in gen}
+
+
+def _loss_of_alike(gen, pos, neg, weight_neg, **options):
+    """Lists of features of one shape [labels, samples, T, C] -> list of losses [labels * T], info of vectors [features]."""
+    with torch.no_grad(), torch.autocast(gen[0].device.type, enabled=False):  # in bf16 the softmax at tau = 0.02 is noise
+        force, unit, info = drifting_field(gen, pos, neg, weight_neg, **options)                 # f b G C, [features]
+        value = torch.linalg.vector_norm(force, dim=3).square_().mean(2).div_(force.shape[3])    # f b
+        grad = force.mul_((-2 / (unit * force[0, 0].numel()))[:, None, None, None])
+    return [_ValueAndGradient.apply(*x) for x in zip(gen, value, grad)], info
+
+
+class _ValueAndGradient(torch.autograd.Function):
+    """The identity that hands autograd a loss already computed and its closed-form gradient: no graph over the pairs."""
+
+    @staticmethod
+    def forward(ctx, gen, value, grad):
+        labels, _, T, _ = gen.shape
+        ctx.save_for_backward(grad.unflatten(0, (labels, T)).transpose(1, 2))                    # of gen's shape
+        ctx.dtype = gen.dtype
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad_value):
+        grad, = ctx.saved_tensors
+        return (grad * grad_value.view(len(grad), 1, -1, 1)).to(ctx.dtype), None, None
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The field
+
+# Size of a chunk's coefficients or forces of all temperatures: on a CPU a few of them fit its cache, on a GPU they keep it busy.
+CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
+
+
+def drifting_field(gen, pos, neg, weight_neg, temperatures=TEMPERATURES, kernel="both", attraction=1.0, repulsion=1.0,
+                   reduce=lambda sums: sums):
     """V of sec. 3.2 summed over the temperatures (A.6), for features scaled to a mean distance of 1. Float32, no autograd.
 
+    gen, pos, neg: lists of f features of one shape, [labels, G or P or U, T, C]; weight_neg [labels, U].
     kernel       what the affinities are normalised over (Table 11): "both" axes (the method), "targets" only, or "none"
     attraction,  multipliers of V+ and V- (Table 1). Unequal ones break the anti-symmetry, and training: FID 8.46 -> 41
     repulsion    at attraction 1.5.
-    Returns (force [B, G, C] in the scaled space, the size `step` [B, 1, 1] of that space's unit in feature units, info).
+    reduce       makes the field of a batch in pieces equal to that of the whole. It takes a float64 vector of sums over
+                 this piece and returns the sums over all pieces (under torchrun: an all-reduce). Two calls.
+    Returns (force [f, labels * T, G, C] in the scaled space, the size `unit` [f] of that space's unit, info of [f] each).
 
-    Only distances and the forces of each temperature exist for the whole batch; the rest is made chunk by chunk of entries,
-    small enough to stay in a CPU's cache, where it is three times faster than in memory.
+    All is done in chunks of entries (labels and locations). Of the whole batch only the distances are kept, and of each
+    temperature the forces or their coefficients, whichever are smaller.
     """
-    (B, G, C), P, N = gen.shape, pos.shape[1], gen.shape[1] + neg.shape[1] + pos.shape[1]
-    size = max(1, CHUNK_BYTES[gen.device.type == "cuda"] // (4 * G * max(N, C)))
-    chunks = [slice(i, i + size) for i in range(0, B, size)]
+    (labels, G, T, C), U, N = gen[0].shape, neg[0].shape[1], gen[0].shape[1] + neg[0].shape[1] + pos[0].shape[1]
+    like = full(gen[0][:0])
+    weight_neg = weight_neg.to(like.dtype)
+    size = max(1, CHUNK_BYTES.get(gen[0].device.type, 1 << 28) // (len(temperatures) * 4 * G * max(N, C)))
+    chunks = list(_chunks(len(gen), labels, T, size))
 
-    def targets(c):
-        y = torch.cat([full(x[c]) for x in (gen, neg, pos)], 1)                                  # [b, N, C]
+    def targets(features, label, t):                                                             # [b, N, C]
+        parts = [torch.cat([full(x[f][label, :, t]).transpose(1, 2) for x in (gen, neg, pos)], 2).flatten(0, 1) for f in features]
+        y = torch.cat(parts) if len(parts) > 1 else parts[0]
         return y.sub_(y.mean(1, keepdim=True))    # moves nothing, and the Gram identity loses 100 times fewer digits
 
-    def per_feature(sums):  # of entries [..., B] -> of features [..., features], over the whole global batch
-        return sums.unflatten(-1, (features, -1)).sum(-1)
+    def weights(features, label, t):                                                             # [b, 1, U]
+        return weight_neg[label].repeat_interleave(t.stop - t.start, 0).repeat(len(features), 1)[:, None]
 
-    dist = gen.new_empty(B, G, N, dtype=full(gen[:0]).dtype)
-    sums = dist.new_zeros(2, B, dtype=torch.float64)
-    for c in chunks:
-        y = targets(c)
-        pairwise_distance(y[:, :G], y, out=dist[c])
-        sums[0, c] = total(dist[c]) + total(dist[c, :, G:N - P] * (weight_neg[c, None] - 1))
-    sums[1] = G * (N - neg.shape[1] + weight_neg.sum(1))
+    def over_the_batch(sums):  # [n, entries] -> [n, features]
+        return reduce(sums.unflatten(1, (len(gen), -1)).sum(2).flatten()).view(len(sums), -1)
+
+    def spread(values):  # [features] -> [entries, 1, 1]
+        return values.repeat_interleave(labels * T)[:, None, None]
+
+    dist = like.new_empty(len(gen) * labels * T, G, N)
+    sums = dist.new_zeros(2, len(dist), dtype=torch.float64)
+    for entries, place in chunks:
+        y, w = targets(*place), weights(*place)
+        d = pairwise_distance(y[:, :G], y, out=dist[entries])
+        sums[0, entries] = total(d) + total(d[:, :, G:G + U] * (w - 1))
+        sums[1, entries] = G * (N - U + w.sum((1, 2)))
 
     # One scale for the whole feature, over every label and location of the global batch (A.6): mean(dist w) / mean(w).
     # Scales per label, or per process, would train another loss.
-    sums = reduce(per_feature(sums).flatten()).view(2, -1)
+    sums = over_the_batch(sums)
     scale = (sums[0] / sums[1]).to(dist.dtype)                                                   # [features]
-    by_entry = scale.repeat_interleave(B // features)[:, None, None]                             # [B, 1, 1]
-    step = (by_entry / math.sqrt(C)).clamp_min(1e-3)  # a feature's coordinates, in these units, have order 1
+    unit = (scale / math.sqrt(C)).clamp_min(1e-3)     # a feature's coordinates, in these units, have order 1
+    scale_, unit_ = spread(scale.clamp_min(1e-3)), spread(unit)
 
-    sharpness = torch.tensor([-1 / tau for tau in temperatures], device=gen.device, dtype=dist.dtype).view(-1, 1, 1)
-    forces = [torch.empty_like(dist[:, :, :1].expand(B, G, C), memory_format=torch.contiguous_format) for _ in temperatures]
-    sums = dist.new_zeros(len(temperatures) + 1, B, dtype=torch.float64)
-    for c in chunks:
-        y, d = targets(c).div_(step[c]), dist[c].div_(by_entry[c].clamp_min(1e-3))
+    sharpness = torch.tensor([-1 / tau for tau in temperatures], dtype=dist.dtype, device=dist.device)[:, None, None]
+    kept = dist.new_empty(len(dist), len(temperatures), G, min(C, N))  # forces, or coefficients
+    sums = dist.new_zeros(len(temperatures) + 1, len(dist), dtype=torch.float64)
+    for entries, place in chunks:
+        y, d = targets(*place), dist[entries].div_(scale_[entries])
         d[:, :, :G].diagonal(dim1=1, dim2=2).add_(100)  # a sample does not repel itself (A.6)
         A = affinity(d[:, None] * sharpness, kernel)                                             # [b, taus, G, N]
-        A_neg, A_pos = A[..., :N - P], A[..., N - P:]                                            # views
-        A_neg[..., G:].mul_(weight_neg[c, None, None])  # after the softmaxes: inside, a weight would act as its root
+        A_neg, A_pos = A[..., :G + U], A[..., G + U:]                                            # views
+        A_neg[..., G:].mul_(weights(*place)[:, None])  # after the softmaxes: inside, a weight would act as its root
         sum_neg, sum_pos = A_neg.sum(3, keepdim=True), A_pos.sum(3, keepdim=True)                # [b, taus, G, 1]
         A_neg.mul_(-repulsion * sum_pos), A_pos.mul_(attraction * sum_neg)
         if attraction != repulsion:  # else coefficients add up to 0, and where a sample itself is does not matter
             A[..., :G].diagonal(dim1=2, dim2=3).sub_(((attraction - repulsion) * sum_neg * sum_pos)[..., 0])
-        together = torch.bmm(A.flatten(1, 2), y).unflatten(1, (-1, G))                           # [b, taus, G, C]
-        sums[:-1, c] = total(together.square()).T
-        for force, f in zip(forces, together.unbind(1)):
-            force[c] = f
+        if C > N:
+            kept[entries] = A
+        V = torch.bmm(A.flatten(1, 2), y, out=kept[entries].flatten(1, 2) if C <= N else None)   # [b, taus * G, C]
+        norm = torch.linalg.vector_norm(V, dim=2).unflatten(1, (-1, G)).div_(unit_[entries])     # [b, taus, G]
+        sums[:-1, entries] = norm.square_().sum(2, dtype=torch.float64).T
     sums[-1] = G * C
 
     # Each temperature's force gets unit mean square, again one scalar over the whole global batch (A.6).
-    sums = reduce(per_feature(sums).flatten()).view(len(sums), -1)
-    mean_square = (sums[:-1] / sums[-1]).to(dist.dtype)                                          # [taus, features]
-    for force, m in zip(forces, mean_square):
-        force.mul_(m.clamp_min(1e-8).rsqrt().repeat_interleave(B // features)[:, None, None])
-    for force in forces[1:]:
-        forces[0].add_(force)
+    sums = over_the_batch(sums)
+    mean_square = (sums[:-1] / sums[-1]).to(like.dtype)                                          # [taus, features]
+    share = (mean_square.clamp_min(1e-8).rsqrt() / unit).T.repeat_interleave(labels * T, 0)[:, None]  # [entries, 1, taus]
+    del dist, d, A, A_neg, A_pos, V
+    force = kept.new_empty(len(kept), G, C)
+    for entries, place in chunks:
+        sum_ = torch.bmm(share[entries], kept[entries].flatten(2)).unflatten(2, (G, -1))[:, 0]   # over temperatures
+        torch.bmm(sum_, targets(*place), out=force[entries]) if C > N else force[entries].copy_(sum_)
     info = {"scale": scale, **{f"force_{tau}": m for tau, m in zip(temperatures, mean_square)}}
-    return forces[0], step, info
+    return force.unflatten(0, (len(gen), -1)), unit, info
 
 
-CHUNK_BYTES = 1 << 19, 1 << 28  # of each intermediate of a chunk: on a CPU a few fit its cache, on a GPU they fill it
+def _chunks(features, labels, T, size):
+    """Parts of at most `size` entries, in order: (their slice of features * labels * T entries, (features, label, t slices))."""
+    f, label, t = max(1, size // (labels * T)), min(labels, max(1, size // T)), min(T, size)
+    for i in range(0, features, f):
+        for j in range(0, labels, label):
+            for k in range(0, T, t):
+                place = range(i, min(i + f, features)), slice(j, min(j + label, labels)), slice(k, min(k + t, T))
+                count = len(place[0]) * (place[1].stop - j) * (place[2].stop - k)
+                start = (i * labels + j) * T + k
+                yield slice(start, start + count), place
 
 
 def pairwise_distance(x, y, out=None):
     """Euclidean distances of x [B, G, C] to y [B, N, C] -> [B, G, N] by the Gram identity: one matrix product."""
-    square = torch.baddbmm(y.square().sum(2)[:, None], x, y.transpose(1, 2), alpha=-2, out=out)
+    y_square = y.square().sum(2)
+    square = torch.baddbmm(y_square[:, None], x, y.transpose(1, 2), alpha=-2, out=out)
     return square.add_(x.square().sum(2)[:, :, None]).clamp_min_(1e-8).sqrt_()
 
 
@@ -147,19 +212,6 @@ def affinity(logits, kernel):
     return square.clamp_min_(1e-6).sqrt_()  # the floor keeps a far sample's force alive: without it gradients change 43%
 
 
-class _ValueAndGradient(torch.autograd.Function):
-    """The identity that hands autograd a loss already computed and its closed-form gradient: no graph over the pairs."""
-
-    @staticmethod
-    def forward(ctx, gen, value, grad):
-        ctx.save_for_backward(grad.to(gen.dtype))
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx, grad_value):
-        return ctx.saved_tensors[0] * grad_value[:, None, None].to(ctx.saved_tensors[0].dtype), None, None
-
-
 def total(x):
     """Sum [...] of x [..., G, N], in float64 of float32 row sums: a float32 sum of millions would be off by 3e-5."""
     return x.sum(-1).sum(-1, dtype=torch.float64)
@@ -171,29 +223,7 @@ def full(x):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Many features of many labels
-
-def feature_drift_loss(gen, pos, neg=None, weight_neg=None, **options):
-    """Sum over features of the mean drifting loss (A.5); the locations of a map are batch entries of their own.
-
-    gen, pos, neg: {name: [labels, samples, T, C]}; weight_neg [labels, U]; options as for `drift_loss`.
-    Returns (total loss, losses {name: scalar}, infos {name: info}). Features of one shape are computed together.
-    """
-    def entries(features, names):  # the kernel compares the same location across samples of the same label only
-        return torch.cat([rearrange(features[name], "label sample t c -> (label t) sample c") for name in names])
-
-    groups = {}
-    for name, feature in gen.items():
-        groups.setdefault((feature.shape[2:], feature.dtype), []).append(name)
-    losses, infos = {}, {}
-    for ((T, C), _), names in groups.items():
-        weighted = {} if neg is None else dict(neg=entries(neg, names),
-                                               weight_neg=weight_neg.repeat_interleave(T, 0).repeat(len(names), 1))
-        loss, info = stacked_drift_loss(entries(gen, names), entries(pos, names), **weighted, features=len(names), **options)
-        losses.update(zip(names, loss.view(len(names), -1).mean(1)))
-        infos.update({name: {key: value[i] for key, value in info.items()} for i, name in enumerate(names)})
-    return sum(losses.values()), {name: losses[name] for name in gen}, {name: infos[name] for name in gen}
-
+# Features
 
 def multi_scale_features(maps):
     """Features (a)-(d) of A.5 of each map: {name: [N, C, H, W]} -> {name: [N, T, C]}, statistics in float32.

@@ -1,6 +1,7 @@
 """Speed, as ratios within one run: `python tests/bench.py [names]`, on two threads or as many as OMP_NUM_THREADS says.
 
-drift    the loss with its gradient against the plain port of tests/reference.py: A B A B ..., medians of wall seconds
+drift    the loss with its gradient against the plain port of tests/reference.py: A B A B ..., medians of wall seconds;
+         and the peak of memory of each
 frechet  the trace term of fid.py at 2048 dimensions against scipy.linalg.sqrtm: CPU seconds
 load     reading artifacts of the sizes of latent_B_sota and latent_L_sota (random weights, 3.7 GB in a temporary folder):
          seconds and peak of memory, authors' msgpack against the converted safetensors copy
@@ -22,20 +23,73 @@ import fid  # noqa: E402
 import reference  # noqa: E402
 
 
+def mae_256_shapes():
+    """(T, C) of the 86 features of a step on MAE-256: 12 maps with 7 each, `global` and `norm_x` (A.5)."""
+    maps = [(1024, 256)] * 3 + [(256, 512)] * 3 + [(64, 1024)] * 4 + [(16, 2048)] * 2
+    return [(T // part, C) for T, C in maps for part in (1, T, T, 4, 4, 16, 16)] + [(1, 4096), (1, 4)]
+
+
+# name: shapes (T, C) of the features, labels, and generated, positive, unconditional samples of a label
+DRIFT = {"[256, 64, 144, 128]": ([(1, 128)], 256, 64, 64, 16), "[256, 64, 144, 640]": ([(1, 640)], 256, 64, 64, 16),
+         "five maps, 2 labels": ([(1024, 64), (256, 64), (64, 128), (16, 256), (1, 512)], 2, 64, 64, 16),
+         "86 features of MAE-256": (mae_256_shapes(), 1, 16, 16, 4)}
+
+
+def drift_case(name, device):
+    shapes, labels, G, P, U = DRIFT[name]
+    g = torch.Generator(device).manual_seed(0)
+    gen, pos, neg = ({str(i): torch.randn(labels, n, T, C, generator=g, device=device) for i, (T, C) in enumerate(shapes)}
+                     for n in (G, P, U))
+    return gen, pos, neg, torch.rand(labels, U, generator=g, device=device)
+
+
+def plain_port(gen, pos, neg, weight):
+    entries = lambda f: f.transpose(1, 2).flatten(0, 1)  # noqa: E731
+    return sum(reference.drift_loss(entries(gen[k]), entries(pos[k]), entries(neg[k]),
+                                    weight.repeat_interleave(gen[k].shape[2], 0)).mean() for k in gen)
+
+
+def drift_step(function, gen, *rest):
+    """The loss and its gradient at the features."""
+    gen = {name: x.detach().requires_grad_() for name, x in gen.items()}
+    loss = function(gen, *rest)
+    (loss[0] if isinstance(loss, tuple) else loss).backward()
+
+
+def peak_memory(name, which, device):
+    """Bytes beyond the inputs, in a process of its own (Linux: the most that was resident)."""
+    if device == "cuda":
+        case = drift_case(name, device)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        drift_step(DRIFT_FUNCTIONS[which], *case)
+        return torch.cuda.max_memory_allocated() - before
+    code = (f"import sys; sys.path[:0] = {sys.path[:2]}\nimport bench\ncase = bench.drift_case({name!r}, 'cpu')\n"
+            "status = lambda key: 1024 * next(int(x.split()[1]) for x in open('/proc/self/status') if x.startswith(key))\n"
+            "open('/proc/self/clear_refs', 'w').write('5')\nbefore = status('VmRSS')\n"
+            f"bench.drift_step(bench.DRIFT_FUNCTIONS[{which!r}], *case)\nprint(status('VmHWM') - before)")
+    return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
+DRIFT_FUNCTIONS = {"plain port": plain_port, "drift.py": drift.feature_drift_loss}
+
+
 def bench_drift(runs=7):
-    for C in (128, 640):
-        g = torch.Generator().manual_seed(0)
-        gen, pos, neg = (torch.randn(256, n, C, generator=g) for n in (64, 64, 16))
-        weight, seconds = torch.rand(256, 16, generator=g), {"plain port": [], "drift.py": []}
-        for run in range(runs + 1):
-            for name, function in (("plain port", reference.drift_loss), ("drift.py", drift.drift_loss)):
-                x, began = gen.clone().requires_grad_(), time.perf_counter()
-                loss = function(x, pos, neg, weight)
-                (loss[0] if isinstance(loss, tuple) else loss).mean().backward()
-                seconds[name].append(time.perf_counter() - began)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name in DRIFT:
+        case, seconds = drift_case(name, device), {which: [] for which in DRIFT_FUNCTIONS}
+        for _ in range(runs + 1):
+            for which, function in DRIFT_FUNCTIONS.items():
+                began = time.perf_counter()
+                drift_step(function, *case)
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                seconds[which].append(time.perf_counter() - began)
         plain, ours = (statistics.median(s[1:]) for s in seconds.values())  # the first is a warm-up
-        print(f"drift loss [256, 64, 144, {C}]: plain port {plain * 1e3:.0f} ms, drift.py {ours * 1e3:.0f} ms, "
-              f"ratio {plain / ours:.2f}")
+        del case
+        memory = [peak_memory(name, which, device) / 1e6 for which in DRIFT_FUNCTIONS]
+        print(f"drift loss, {name}: plain port {plain * 1e3:.0f} ms, drift.py {ours * 1e3:.0f} ms, ratio {plain / ours:.2f}; "
+              f"memory beyond the inputs {memory[0]:.0f} MB, {memory[1]:.0f} MB, ratio {memory[0] / memory[1]:.2f}", flush=True)
 
 
 def bench_frechet(d=2048):

@@ -18,7 +18,7 @@ def drift_loss(gen, pos, neg=None, weight_neg=None, temperatures=(0.02, 0.05, 0.
         scale = (dist * w).mean() / w.mean()
         s = torch.clamp(scale / C**0.5, min=1e-3)
         d = dist / torch.clamp(scale, min=1e-3)
-        d = d + 100 * torch.nn.functional.pad(torch.eye(G, dtype=d.dtype), (0, targets.shape[1] - G))
+        d = d + 100 * torch.nn.functional.pad(torch.eye(G, dtype=d.dtype, device=d.device), (0, targets.shape[1] - G))
         goal = gen / s
         for tau in temperatures:
             L = -d / tau
