@@ -263,7 +263,7 @@ def test_damaged_prepared_data_is_refused(tmp_path):
     meta = json.loads((tmp_path / "train/meta.json").read_text())
     for change in (dict(kind="sounds"), dict(dtype="float16"), dict(kind="latents"), dict(shape=[1442, 64])):
         (tmp_path / "train/meta.json").write_text(json.dumps(meta | change))
-        with pytest.raises(ValueError, match="meta.json: .* is nothing that this code writes"):
+        with pytest.raises(ValueError, match="meta.json: .* is nothing that is written here"):
             prepare_data.Dataset(tmp_path)
 
 
@@ -467,26 +467,39 @@ def test_killed_and_resumed_on_another_number_of_processes(prepared, latents, tm
     assert files_of(tmp_path / "out/train") == files_of(prepared / "train")
 
 
+def test_broken_images_leave_no_trace_in_latents(prepared, photos, vae, tmp_path):
+    for p in (photos / "class0").iterdir():
+        (tmp_path / "src/class0").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "src/class0" / p.name).write_bytes(b"broken" if p.name == "008.png" else p.read_bytes())
+    prepare_data.prepare(tmp_path / "src", tmp_path / "out", skip_broken=True, latents=prepare_data.Latents(vae, 64))
+    data, kept = prepare_data.Dataset(tmp_path / "out"), np.delete(prepare_data.Dataset(prepared).images[:28], 2, 0)
+    assert relative_error(data.images.astype(np.float32), kept.astype(np.float32)) < 1e-3
+    assert np.allclose(data.meta["mean"], kept[:, :, :4].mean((0, 1, 3, 4), dtype=np.float64), atol=1e-5)
+
+
 def test_crops_depend_on_seed_image_and_number_alone(photos, vae, tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     stored = {}
     for crops, seed in ((1, 0), (3, 0), (1, 1)):
-        prepare_data.prepare(photos, tmp_path / f"{crops}{seed}", latents=prepare_data.Latents(vae, 64, crops=crops, seed=seed))
+        latents = prepare_data.Latents(vae, 64, crops=crops, seed=seed)
+        prepare_data.prepare(photos, tmp_path / f"{crops}{seed}", latents=latents)
         stored[crops, seed] = prepare_data.Dataset(tmp_path / f"{crops}{seed}")
     torch.set_num_threads(threads)
     data = stored[3, 0]
     assert data.images.shape == (110, 3, 8, 8, 8) and data.meta["views"] == "crops"
     assert np.array_equal(stored[1, 0].images[:, 0], data.images[:, 0])
     assert not np.array_equal(stored[1, 1].images, stored[1, 0].images)
+    latents, photo = prepare_data.Latents(vae, 64, crops=1), next(photos.rglob("*.png")).read_bytes()
+    assert not np.array_equal(latents.load(photo, 0), latents.load(photo, 1))
     ids = np.zeros(300, np.int64)
-    x, mean = data.batch(ids, np.random.default_rng(0)), torch.from_numpy(data.images[0, :, :4]).float()
+    x, mean = data.batch(ids, np.random.default_rng(0)), torch.from_numpy(data.images[0, :, :4].astype(np.float32))
     nearest = torch.cdist(x.flatten(1), mean.flatten(1)).argmin(1).bincount(minlength=3)
     assert (nearest > 70).all()
 
 
 def test_random_resized_crops_have_the_sizes_asked_for_and_stay_inside():
-    """Red tells the column and green the row: from the crop's corners follows what was cut out."""
+    """Red tells the column and green the row: from the crop's corners follows what was cut out of the picture."""
     column, row = np.meshgrid(np.arange(250), np.arange(200))
     image = Image.fromarray(np.dstack([column, row, column * 0]).astype(np.uint8))
     areas, ratios, mirrored = [], [], 0
