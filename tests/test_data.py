@@ -60,6 +60,11 @@ def test_splits_are_found(tmp_path, folder):
     prepare_data.prepare(tmp_path / "x.zip", tmp_path / "out")
     assert len(prepare_data.Dataset(tmp_path / "out")) == 9
     assert prepare_data.Dataset(tmp_path / "out", "test").labels.tolist() == [0, 1, 2]
+    before = (tmp_path / "out/train/images.bin").stat().st_mtime_ns
+    shutil.rmtree(tmp_path / "out/test")  # as after an interruption between the two
+    prepare_data.prepare(tmp_path / "x.zip", tmp_path / "out")
+    assert len(prepare_data.Dataset(tmp_path / "out", "test")) == 3
+    assert before == (tmp_path / "out/train/images.bin").stat().st_mtime_ns
 
 
 def test_embedded_digits():
@@ -285,6 +290,8 @@ def test_draws(tmp_path):
     assert len(set(data.draw_any(len(data), rng).tolist())) == len(data)
     with pytest.raises(ValueError):
         data.draw(0, data.count[0] + 1, rng)
+    x, plain = data.batch([5, 5, 900], np.array([2, 3, 5]), flip=True), data.batch([5, 5, 900])  # mirrored by an odd seed
+    assert torch.equal(x, torch.stack([plain[0], plain[1].flip(2), plain[2].flip(2)]))
 
 
 def test_fresh_ids_go_through_every_epoch_once(tmp_path):
@@ -430,6 +437,8 @@ def test_latents_are_drawn_anew_and_each_from_its_own_seed(prepared):
     z = (draws - mean[:, 0]) / std[:, 0]
     assert abs(z.mean()) < 0.01 and abs(z.std() - 1) < 0.01
 
+    many = np.resize(ids, 70)
+    assert torch.equal(data.batch(many, seeds := np.arange(70))[64:], data.batch(many[64:], seeds[64:]))
     seeds = np.random.default_rng(1).integers(1 << 63, size=4)
     flipped = data.batch(ids, seeds, flip=True)
     assert torch.equal(data.batch(ids[2:3], seeds[2:3], flip=True)[0], flipped[2])  # whatever else is in the batch
