@@ -333,6 +333,7 @@ def write(folder, meta, names, labels, load, encode, skip_broken=False, workers=
     blocks = [range(n)[at:at + size] for at in range(0, n, size) if not (marks / f"{at // size}.json").exists()]
     barrier(world)  # all have looked before the first makes a mark
     began, made, blocks = time.time(), sum(map(len, blocks)), blocks[rank::world]
+    workers = workers if first.nbytes > 1 << 13 else 1  # with small images it is Python that works, and one thread at a time
     with ThreadPoolExecutor(workers) as pool, open(partial / "images.bin", "r+b") as f, \
             tqdm(total=sum(map(len, blocks)), desc=str(folder), unit=" images", disable=rank > 0) as progress:
         def load_block(ids):

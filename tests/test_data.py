@@ -132,7 +132,7 @@ def test_the_thousand_wnids_are_numbered_in_their_order(tmp_path):
             buffer = io.BytesIO()
             Image.new("L", (2, 2), i % 256).save(buffer, "PNG")
             z.writestr(f"{wnid}/{wnid}_{i}.PNG", buffer.getvalue())
-    prepare_data.prepare(tmp_path / "x.zip", tmp_path / "out", workers=4)
+    prepare_data.prepare(tmp_path / "x.zip", tmp_path / "out")
     data = prepare_data.Dataset(tmp_path / "out")
     assert data.meta["classes"] == sorted(wnids) and (data.labels == np.arange(1000)).all()
     assert (data.images[:, 0, 0, 0] == np.argsort(wnids) % 256).all()
@@ -368,6 +368,16 @@ def photos(tmp_path_factory):
         (folder / f"class{i % 4}").mkdir(exist_ok=True)
         small.resize((80, 64), Image.Resampling.BICUBIC).save(folder / f"class{i % 4}" / f"{i:03d}.png")
     return folder
+
+
+def test_threads_read_a_zip_together(photos, tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as z:
+        for p in photos.rglob("*.png"):
+            z.write(p, p.relative_to(photos))
+    prepare_data.prepare(tmp_path / "x.zip", tmp_path / "zip", workers=8)
+    prepare_data.prepare(photos, tmp_path / "folder")
+    zipped, plain = files_of(tmp_path / "zip/train"), files_of(tmp_path / "folder/train")
+    assert all(zipped[name] == plain[name] for name in ("images.bin", "labels.npy"))
 
 
 @pytest.fixture
