@@ -347,9 +347,10 @@ def write(folder, meta, names, labels, load, encode, skip_broken=False, workers=
                     progress.write(f"{names[i]}: cannot be read ({image})")
                 elif image.shape != first.shape:
                     raise ValueError(f"{names[i]} is {list(image.shape)}, the first {list(first.shape)}: give one --size")
-            rows = encode([np.zeros_like(first) if i in broken else image for i, image in zip(ids, images)])
+            images = [np.zeros_like(first) if i in broken else image for i, image in zip(ids, images)]
+            rows = np.ascontiguousarray(encode(images))
             f.seek(ids[0] * row.nbytes)
-            f.write(np.ascontiguousarray(rows))
+            f.write(rows)
             f.flush()
             os.fsync(f.fileno())
             sums = _sums(np.delete(rows, [i - ids[0] for i in broken], 0), meta["kind"])
