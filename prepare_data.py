@@ -401,7 +401,7 @@ def _sums(rows, kind):
     for part in np.array_split(rows, rows.nbytes // (1 << 20) + 1):
         x = part.reshape(-1, *rows.shape[-3:]).astype(np.float32)
         mean, std = np.split(x, 2, 1) if kind == "latents" else (x, np.zeros_like(x[:1]))
-        sums += [values.sum((0, 2, 3)) for values in (mean, mean * mean, std * std)]
+        sums += [values.sum((0, 2, 3), dtype=np.float64) for values in (mean, mean * mean, std * std)]
     return sums
 
 

@@ -148,6 +148,14 @@ def test_the_summary_tells_what_is_stored(tmp_path, folder, capsys):
         assert part in printed
 
 
+def test_sums_stay_exact_over_millions_of_values():
+    x = np.random.default_rng(0).integers(150, 256, (300, 3, 64, 64), dtype=np.uint8)
+    for rows in (x, np.ascontiguousarray(x.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)):
+        total, square, _ = prepare_data._sums(rows, "pixels")
+        assert (total == x.sum((0, 2, 3), dtype=np.int64)).all()
+        assert (square == (x.astype(np.int64) ** 2).sum((0, 2, 3))).all()
+
+
 def test_a_broken_image_is_named_and_skipped_only_by_flag(tmp_path, folder, capsys):
     whole = (folder / "ant/0.png").read_bytes()
     for name in ("ant/0.png", "bee/2.png"):  # the very first, and one amidst
