@@ -6,7 +6,9 @@ frechet  the trace term of fid.py at 2048 dimensions against scipy.linalg.sqrtm:
 load     reading artifacts of the sizes of latent_B_sota and latent_L_sota (random weights, 3.7 GB in a temporary folder):
          seconds and peak of memory, authors' msgpack against the converted safetensors copy
 load640  the same of mae_latent_640 (22 GB in a temporary folder; only when named)
+read     a step's 4,096 latents from the prepared array against one .pt file for each, A B A B ..., medians of wall seconds
 """
+import json
 import statistics
 import subprocess
 import sys
@@ -20,6 +22,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import drift  # noqa: E402
 import fid  # noqa: E402
+import prepare_data  # noqa: E402
 import reference  # noqa: E402
 
 
@@ -144,7 +147,38 @@ def bench_load(names=("latent_B_sota", "latent_L_sota"), runs=3):
                   f"converted copy {ours:.1f} s, {peak_copy / size:.2f} times; ratio {theirs / ours:.1f}", flush=True)
 
 
+def bench_read(n=4096, runs=7):
+    """float32 [n, 4, 32, 32] of files that hold mean and std, 16 KB in all: the means, and then draws with their noise."""
+    with tempfile.TemporaryDirectory() as folder:
+        split, rng = Path(folder) / "train", np.random.default_rng(0)
+        split.mkdir()
+        array = rng.standard_normal((n, 2, 8, 32, 32), np.float32).astype(np.float16)
+        array.tofile(split / "images.bin")
+        np.save(split / "labels.npy", np.zeros(n, np.int64))
+        (split / "meta.json").write_text(json.dumps(dict(kind="latents", dtype="float16", shape=array.shape, classes=["a"])))
+        for i, row in enumerate(array):
+            torch.save(dict(zip(("mean", "std"), torch.from_numpy(row[0].copy()).split(4))), split / f"{i}.pt")
+        data, ids = prepare_data.Dataset(folder), rng.permutation(n)
+
+        def files(rng=None):
+            loaded = [torch.load(split / f"{i}.pt", weights_only=True) for i in ids]
+            mean, std = (torch.stack([x[key] for x in loaded]).float() for key in ("mean", "std"))
+            return mean if rng is None else mean + std * torch.from_numpy(rng.standard_normal(mean.shape, np.float32))
+
+        assert torch.equal(files(), data.batch(ids))
+        for what, stream in (("means", None), ("drawn, on the CPU", rng)):
+            seconds = {"files": [], "array": []}
+            for _ in range(runs):
+                for name, function in (("files", files), ("array", lambda rng: data.batch(ids, rng))):
+                    began = time.perf_counter()
+                    function(stream)
+                    seconds[name].append(time.perf_counter() - began)
+            theirs, ours = (statistics.median(s) for s in seconds.values())
+            print(f"{n} latents ({what}): one .pt file each {theirs * 1e3:.0f} ms, the array {ours * 1e3:.0f} ms, "
+                  f"ratio {theirs / ours:.1f}")
+
+
 if __name__ == "__main__":
-    benches = {"drift": bench_drift, "frechet": bench_frechet, "load": bench_load}
+    benches = {"drift": bench_drift, "frechet": bench_frechet, "load": bench_load, "read": bench_read}
     for name in sys.argv[1:] or benches:
         bench_load(["mae_latent_640"], 1) if name == "load640" else benches[name]()

@@ -1,14 +1,24 @@
 """prepare_data.py: what goes in comes out, is drawn as promised, and what is broken is named."""
+import errno
 import io
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
 import zipfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import model
 import prepare_data
+from conftest import ROOT, relative_error
 
 
 def picture(size, mode="RGB", seed=0):
@@ -50,6 +60,11 @@ def test_splits_are_found(tmp_path, folder):
     prepare_data.prepare(tmp_path / "x.zip", tmp_path / "out")
     assert len(prepare_data.Dataset(tmp_path / "out")) == 9
     assert prepare_data.Dataset(tmp_path / "out", "test").labels.tolist() == [0, 1, 2]
+    before = (tmp_path / "out/train/images.bin").stat().st_mtime_ns
+    shutil.rmtree(tmp_path / "out/test")  # as after an interruption between the two
+    prepare_data.prepare(tmp_path / "x.zip", tmp_path / "out")
+    assert len(prepare_data.Dataset(tmp_path / "out", "test")) == 3
+    assert before == (tmp_path / "out/train/images.bin").stat().st_mtime_ns
 
 
 def test_embedded_digits():
@@ -93,14 +108,125 @@ def test_rotated_by_its_exif():
     assert (prepare_data.decode(buffer.getvalue(), None, 3)[1, -4:] == 0).all()
 
 
+def test_colours_survive_every_mode():
+    """A dark and a bright half, stored in ways in which careless conversion gives black, white or garbage."""
+    grey = np.repeat(np.array([[40] * 4 + [200] * 4], np.uint8), 8, 0)
+    deep = Image.fromarray(grey.astype(np.uint16) * 257)
+    clear = Image.fromarray(np.dstack([grey] * 3 + [np.full((8, 8), 255, np.uint8)]))
+    clear.putpixel((0, 0), (9, 9, 9, 0))
+    files = {"16 bits, PNG": (deep, "PNG"), "16 bits, TIFF": (deep, "TIFF"), "32 bits": (deep.convert("I"), "TIFF"),
+             "RGBA": (clear, "PNG"), "CMYK": (Image.fromarray(grey).convert("RGB").convert("CMYK"), "TIFF"),
+             "grey": (Image.fromarray(grey), "PNG"), "grey and alpha": (clear.convert("LA"), "PNG")}
+    for name, (image, form) in files.items():
+        buffer = io.BytesIO()
+        image.save(buffer, form)
+        x = prepare_data.decode(buffer.getvalue(), None, 3)
+        assert (x[:, 1:] == grey[1:]).all(), name
+        assert (x[:, 0, 0] == (255 if "A" in name or "alpha" in name else 40)).all(), name  # what is transparent is white
+
+
+def test_the_thousand_wnids_are_numbered_in_their_order(tmp_path):
+    wnids = [f"n{w:08d}" for w in np.random.default_rng(0).choice(10**8, 1000, replace=False)]
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as z:
+        for i, wnid in enumerate(wnids):
+            buffer = io.BytesIO()
+            Image.new("L", (2, 2), i % 256).save(buffer, "PNG")
+            z.writestr(f"{wnid}/{wnid}_{i}.PNG", buffer.getvalue())
+    prepare_data.prepare(tmp_path / "x.zip", tmp_path / "out")
+    data = prepare_data.Dataset(tmp_path / "out")
+    assert data.meta["classes"] == sorted(wnids) and (data.labels == np.arange(1000)).all()
+    assert (data.images[:, 0, 0, 0] == np.argsort(wnids) % 256).all()
+
+
+def test_the_summary_tells_what_is_stored(tmp_path, folder, capsys):
+    prepare_data.prepare(folder, tmp_path / "out")
+    data, printed = prepare_data.Dataset(tmp_path / "out"), capsys.readouterr().out
+    x = data.batch(np.arange(9)).numpy()
+    assert np.allclose(data.meta["mean"], x.mean((0, 2, 3))) and np.allclose(data.meta["std"], x.std((0, 2, 3)))
+    for part in ("9 images", "3 classes of 2 to 4 images", "mean " + " ".join(f"{m:.3f}" for m in data.meta["mean"]),
+                 "std " + " ".join(f"{s:.3f}" for s in data.meta["std"]), "0.0 MB", "images a second: 9 in"):
+        assert part in printed
+
+
+def test_sums_stay_exact_over_millions_of_values():
+    x = np.random.default_rng(0).integers(150, 256, (300, 3, 64, 64), dtype=np.uint8)
+    for rows in (x, np.ascontiguousarray(x.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)):
+        total, square, _ = prepare_data._sums(rows, "pixels")
+        assert (total == x.sum((0, 2, 3), dtype=np.int64)).all()
+        assert (square == (x.astype(np.int64) ** 2).sum((0, 2, 3))).all()
+
+
 def test_a_broken_image_is_named_and_skipped_only_by_flag(tmp_path, folder, capsys):
-    (folder / "ant" / "0.png").write_bytes((folder / "ant" / "0.png").read_bytes()[:60])  # the very first
-    with pytest.raises(ValueError, match=r"ant/0\.png: cannot be read .*--skip_broken"):
+    whole = (folder / "ant/0.png").read_bytes()
+    for name in ("ant/0.png", "bee/2.png"):  # the very first, and one amidst
+        (folder / name).write_bytes((folder / name).read_bytes()[:60])
+    with pytest.raises(ValueError, match=r"ant/0\.png: cannot be read .*, and 1 more.*--skip_broken"):
         prepare_data.prepare(folder, tmp_path / "out")
-    assert not (tmp_path / "out" / "train").exists()
+    assert "bee/2.png: cannot be read" in capsys.readouterr().out and not (tmp_path / "out/train").exists()
+    shutil.copytree(tmp_path / "out", tmp_path / "mended")
+
     prepare_data.prepare(folder, tmp_path / "out", skip_broken=True)
-    assert "1 broken" in capsys.readouterr().out
-    assert prepare_data.Dataset(tmp_path / "out").count.tolist() == [1, 4, 3]
+    assert "2 broken, skipped" in capsys.readouterr().out
+    data = prepare_data.Dataset(tmp_path / "out")
+    assert data.count.tolist() == [1, 3, 3] and data.meta["skipped"] == ["ant/0.png", "bee/2.png"]
+    good = [p for p in sorted(folder.rglob("*.png")) if p.stat().st_size > 60]
+    assert np.array_equal(data.images, [prepare_data.decode(p.read_bytes(), None, 3) for p in good])
+    x = data.batch(np.arange(7)).numpy()
+    assert np.allclose(data.meta["mean"], x.mean((0, 2, 3))) and np.allclose(data.meta["std"], x.std((0, 2, 3)))
+
+    (folder / "ant/0.png").write_bytes(whole)
+    prepare_data.prepare(folder, tmp_path / "mended", skip_broken=True)
+    assert prepare_data.Dataset(tmp_path / "mended").count.tolist() == [2, 3, 3]
+
+
+@pytest.mark.parametrize("moment", ["replace", "rename"])
+def test_interrupted_while_broken_images_are_taken_out(tmp_path, folder, monkeypatch, moment):
+    (folder / "bee/1.png").write_bytes(b"broken")
+    prepare_data.prepare(folder, tmp_path / "whole", skip_broken=True)
+    act = getattr(prepare_data.Path, moment)
+
+    def stop(path, target):
+        if path.name in ("kept.bin", "train.tmp"):
+            raise KeyboardInterrupt
+        return act(path, target)
+
+    monkeypatch.setattr(prepare_data.Path, moment, stop)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_data.prepare(folder, tmp_path / "out", skip_broken=True)
+    monkeypatch.undo()
+    prepare_data.prepare(folder, tmp_path / "out", skip_broken=True)
+    assert files_of(tmp_path / "out/train") == files_of(tmp_path / "whole/train")
+
+
+def files_of(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_a_full_disk_gives_one_line_and_what_is_done_is_kept(tmp_path, monkeypatch, capsys):
+    for i in range(40):
+        (tmp_path / "src" / str(i % 2)).mkdir(parents=True, exist_ok=True)
+        picture((64, 64), seed=i).save(tmp_path / "src" / str(i % 2) / f"{i}.png")
+    command, fsync, calls = ["prepare_data.py", "--data", f"{tmp_path}/src", "--out", f"{tmp_path}/out"], os.fsync, []
+
+    def full(handle):
+        calls.append(handle)
+        if len(calls) == 6:  # plan, then rows and mark of two blocks, then rows of the third
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(handle)
+
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SystemExit, match="^prepare_data.py: no room left for .*out. What is done is kept"):
+        prepare_data.main()
+    assert not (tmp_path / "out/train").exists()
+    prepare_data.main()
+    assert "30 in" in (printed := capsys.readouterr().out) and "10 had been done before" in printed
+    prepare_data.prepare(tmp_path / "src", tmp_path / "at_once")
+    assert files_of(tmp_path / "out/train") == files_of(tmp_path / "at_once/train")
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 100))
+    with pytest.raises(ValueError, match="needs 0.00 GB, and the disk has 0.00 left"):
+        prepare_data.prepare(tmp_path / "src", tmp_path / "no_room")
 
 
 def test_bad_sources_get_one_line(tmp_path, folder):
@@ -120,9 +246,13 @@ def test_bad_sources_get_one_line(tmp_path, folder):
     with pytest.raises(ValueError, match="no images"):
         prepare_data.prepare(tmp_path / "empty", tmp_path / "o")
     (folder / "bee" / "9.png").unlink()
+    with pytest.raises(ValueError, match="o/train.tmp was begun with other images or options"):
+        prepare_data.prepare(folder, tmp_path / "o")
+    shutil.rmtree(tmp_path / "o")
     prepare_data.prepare(folder, tmp_path / "d")
-    with pytest.raises(ValueError, match="exists already"):
-        prepare_data.prepare(folder, tmp_path / "d")
+    for change in (dict(size=4), dict(channels=1)):
+        with pytest.raises(ValueError, match="exists already, of other images or options"):
+            prepare_data.prepare(folder, tmp_path / "d", **change)
     for p in folder.rglob("*.png"):
         p.write_bytes(b"not an image")
     with pytest.raises(ValueError, match="none of its images"):
@@ -134,7 +264,7 @@ def test_damaged_prepared_data_is_refused(tmp_path):
         prepare_data.Dataset(tmp_path)
     prepare_data.prepare("digits", tmp_path)
     labels = np.load(tmp_path / "train/labels.npy")
-    for bad in (labels[:-1], labels + 1, labels[::-1]):
+    for bad in (labels[:-1], labels + 1, labels - 1, labels[::-1]):
         np.save(tmp_path / "train/labels.npy", bad)
         with pytest.raises(ValueError, match="does not fit meta.json"):
             prepare_data.Dataset(tmp_path)
@@ -143,6 +273,11 @@ def test_damaged_prepared_data_is_refused(tmp_path):
         f.truncate(1000)
     with pytest.raises(ValueError, match="has 1000 bytes, its meta.json says 92288"):
         prepare_data.Dataset(tmp_path)
+    meta = json.loads((tmp_path / "train/meta.json").read_text())
+    for change in (dict(kind="sounds"), dict(dtype="float16"), dict(kind="latents"), dict(shape=[1442, 64])):
+        (tmp_path / "train/meta.json").write_text(json.dumps(meta | change))
+        with pytest.raises(ValueError, match="meta.json: .* is nothing that is written here"):
+            prepare_data.Dataset(tmp_path)
 
 
 def test_interrupted_preparation_of_the_digits_goes_on(tmp_path):
@@ -163,6 +298,8 @@ def test_draws(tmp_path):
     assert len(set(data.draw_any(len(data), rng).tolist())) == len(data)
     with pytest.raises(ValueError):
         data.draw(0, data.count[0] + 1, rng)
+    x, plain = data.batch([5, 5, 900], np.array([2, 3, 5]), flip=True), data.batch([5, 5, 900])  # mirrored by an odd seed
+    assert torch.equal(x, torch.stack([plain[0], plain[1].flip(2), plain[2].flip(2)]))
 
 
 def test_fresh_ids_go_through_every_epoch_once(tmp_path):
@@ -185,3 +322,235 @@ def test_meta_describes_the_array(tmp_path):
     assert meta["kind"] == "pixels" and meta["shape"] == [355, 1, 8, 8] and meta["dtype"] == "uint8"
     assert meta["classes"] == [str(c) for c in range(10)] and sum(meta["images_per_class"]) == 355
     assert meta["source"] == "digits.npz"
+
+
+def test_two_processes_never_read_the_same_fresh_sample_in_an_epoch(tmp_path):
+    prepare_data.prepare("digits", tmp_path)
+    ranks = [prepare_data.Dataset(tmp_path) for _ in range(2)]
+    n, step = len(ranks[0]), 14  # 103 steps of 14 make an epoch
+    read = [np.concatenate([data.fresh(i * step, step, seed=5)[rank * 7:][:7] for i in range(n // step)])
+            for rank, data in enumerate(ranks)]
+    assert not set(read[0]) & set(read[1]) and len(set(read[0]) | set(read[1])) == n
+
+
+def test_prefetch_is_one_ahead_in_order_and_raises_what_was_raised():
+    made, ahead = [], threading.Event()
+
+    def function(step):
+        made.append(step)
+        if step == 4:
+            ahead.set()
+        if step == 7:
+            raise ValueError("step 7")
+        return step * 10
+
+    steps = prepare_data.prefetch(function, range(3, 10))
+    assert next(steps) == 30 and ahead.wait(5)  # 4 is made while its user still works on 3
+    time.sleep(0.05)
+    assert made == [3, 4]                       # and 5 is not: nothing gets lost but one
+    assert [next(steps) for _ in range(3)] == [40, 50, 60]
+    with pytest.raises(ValueError, match="step 7"):
+        next(steps)
+    assert list(prepare_data.prefetch(str, [])) == [] and list(prepare_data.prefetch(str, [1])) == ["1"]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Latents, with a VAE of SD's kind that is small and untrained
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    from diffusers import AutoencoderKL
+    torch.manual_seed(0)
+    net = AutoencoderKL(block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=4,
+                        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
+    net.save_pretrained(folder := tmp_path_factory.mktemp("vae"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """110 smooth pictures of 80x64 in four classes: 22 blocks of five, when cropped to 64x64."""
+    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for i in range(110):
+        small = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+        (folder / f"class{i % 4}").mkdir(exist_ok=True)
+        small.resize((80, 64), Image.Resampling.BICUBIC).save(folder / f"class{i % 4}" / f"{i:03d}.png")
+    return folder
+
+
+def test_threads_read_a_zip_together(photos, tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as z:
+        for p in photos.rglob("*.png"):
+            z.write(p, p.relative_to(photos))
+    prepare_data.prepare(tmp_path / "x.zip", tmp_path / "zip", workers=8)
+    prepare_data.prepare(photos, tmp_path / "folder")
+    zipped, plain = files_of(tmp_path / "zip/train"), files_of(tmp_path / "folder/train")
+    assert all(zipped[name] == plain[name] for name in ("images.bin", "labels.npy"))
+
+
+@pytest.fixture
+def latents(photos, vae):
+    """The command `prepare_data.py latents` on n processes, as torchrun starts them: function out, n -> processes."""
+    processes = []
+
+    def start(out, n, *options):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        command = [sys.executable, ROOT / "prepare_data.py", "latents", "--data", photos, "--out", out, "--vae", vae,
+                   "--size", "64", *options]
+        for rank in range(n):
+            env = dict(os.environ, RANK=str(rank), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1",
+                       MASTER_PORT=str(port))
+            processes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        return processes[-n:]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def prepared(photos, vae, tmp_path_factory):
+    """Made here, by one process that nothing disturbs; all others must give the same bytes."""
+    out, threads = tmp_path_factory.mktemp("prepared"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    prepare_data.prepare(photos, out, latents=prepare_data.Latents(vae, 64))
+    torch.set_num_threads(threads)
+    return out
+
+
+def test_latents_are_the_vaes_scaled_mean_and_std_of_both_views(prepared, photos, vae):
+    data, net = prepare_data.Dataset(prepared), model.load_vae(vae)
+    assert data.images.dtype == np.float16 and data.images.shape == (110, 2, 8, 8, 8) and data.shape == (4, 8, 8)
+    image = Image.open(photos / "class1" / "005.png").crop((8, 0, 72, 64))  # image number 1 of the second class
+    x = torch.from_numpy(np.asarray(image).transpose(2, 0, 1)[None] / np.float32(127.5) - 1)
+    for view, x in enumerate((x, x.flip(3))):
+        with torch.no_grad():
+            posterior = net.net.encode(x).latent_dist
+        stored = torch.from_numpy(data.images[28 + 1, view].astype(np.float32))
+        assert relative_error(stored[:4], posterior.mean[0] * 0.18215) < 3e-4
+        assert relative_error(stored[4:], posterior.std[0] * 0.18215) < 3e-4
+    mean, std = np.split(data.images.astype(np.float64), 2, 2)
+    assert np.allclose(data.meta["mean"], mean.mean((0, 1, 3, 4)), atol=1e-6)
+    assert np.allclose(data.meta["std"], np.sqrt(mean.var((0, 1, 3, 4)) + (std**2).mean((0, 1, 3, 4))), rtol=1e-5)
+
+
+def test_float16_holds_latents_better_than_bfloat16(prepared, photos, vae):
+    paths = sorted(photos.rglob("*.png"))[:20]
+    x = np.stack([prepare_data.decode(p.read_bytes(), 64, 3) for p in paths])
+    moments = torch.cat(model.load_vae(vae).encode(torch.from_numpy(x).float() / 127.5 - 1), 1)
+    error = {dtype: relative_error(moments.to(dtype), moments) for dtype in (torch.float16, torch.bfloat16)}
+    assert error[torch.float16] < 2.5e-4 and 1e-3 < error[torch.bfloat16] < 2e-3
+
+
+def test_latents_are_drawn_anew_and_each_from_its_own_seed(prepared):
+    data, ids = prepare_data.Dataset(prepared), np.array([3, 50, 3, 77])
+    mean, std = torch.from_numpy(data.images[ids]).float().chunk(2, 2)
+    assert torch.equal(data.batch(ids), mean[:, 0])
+    x = data.batch(ids, np.random.default_rng(0))
+    assert torch.equal(x, data.batch(ids, np.random.default_rng(0))) and not torch.equal(x[0], x[2])
+    draws = torch.stack([data.batch(ids, np.random.default_rng(i)) for i in range(400)])
+    z = (draws - mean[:, 0]) / std[:, 0]
+    assert abs(z.mean()) < 0.01 and abs(z.std() - 1) < 0.01
+
+    many = np.resize(ids, 70)
+    assert torch.equal(data.batch(many, seeds := np.arange(70))[64:], data.batch(many[64:], seeds[64:]))
+    seeds = np.random.default_rng(1).integers(1 << 63, size=4)
+    flipped = data.batch(ids, seeds, flip=True)
+    assert torch.equal(data.batch(ids[2:3], seeds[2:3], flip=True)[0], flipped[2])  # whatever else is in the batch
+    for i, seed in enumerate(seeds):
+        noise = (flipped[i] - mean[i, seed % 2]) / std[i, seed % 2]
+        assert torch.allclose(noise, torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(int(seed))), atol=1e-2)
+    assert 150 < sum((np.random.default_rng(i).integers(1 << 63) % 2) for i in range(400)) < 250
+
+
+def test_two_processes_make_the_same_latents_as_one(prepared, latents, tmp_path):
+    for process in latents(tmp_path / "two", 2):
+        assert process.wait(60) == 0, process.communicate()[0]
+    assert files_of(tmp_path / "two/train") == files_of(prepared / "train")
+
+
+def test_killed_and_resumed_on_another_number_of_processes(prepared, latents, tmp_path):
+    """SIGKILL both processes after some blocks; one goes on, with what they had finished and nothing else."""
+    partial, two = tmp_path / "out/train.tmp", latents(tmp_path / "out", 2)
+    while len(list(partial.glob("blocks/*.json"))) < 3:
+        assert all(p.poll() is None for p in two), two[0].communicate()[0]
+        time.sleep(0.001)
+    for process in two:
+        process.kill()
+        process.wait()
+    done = {p.name: p.stat().st_mtime_ns for p in partial.glob("blocks/*.json")}
+    assert 3 <= len(done) < 22 and not (tmp_path / "out/train").exists()
+    row = 2 * 8 * 8 * 8 * 2
+    with open(partial / "images.bin", "r+b") as f:  # what has no mark is not trusted
+        for block in {f"{b}.json" for b in range(22)} - set(done):
+            f.seek(int(block.split(".")[0]) * 5 * row)
+            f.write(b"\xff" * 5 * row)
+    (one,) = latents(tmp_path / "out", 1)
+    printed = one.communicate(timeout=60)[0]
+    assert one.returncode == 0 and f"{len(done) * 5} had been done before" in printed, printed
+    assert files_of(tmp_path / "out/train") == files_of(prepared / "train")
+
+
+def test_broken_images_leave_no_trace_in_latents(prepared, photos, vae, tmp_path):
+    for p in (photos / "class0").iterdir():
+        (tmp_path / "src/class0").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "src/class0" / p.name).write_bytes(b"broken" if p.name == "008.png" else p.read_bytes())
+    prepare_data.prepare(tmp_path / "src", tmp_path / "out", skip_broken=True, latents=prepare_data.Latents(vae, 64))
+    data, kept = prepare_data.Dataset(tmp_path / "out"), np.delete(prepare_data.Dataset(prepared).images[:28], 2, 0)
+    assert relative_error(data.images.astype(np.float32), kept.astype(np.float32)) < 1e-3
+    assert np.allclose(data.meta["mean"], kept[:, :, :4].mean((0, 1, 3, 4), dtype=np.float64), atol=1e-5)
+
+
+def test_crops_depend_on_seed_image_and_number_alone(photos, vae, tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    stored = {}
+    for crops, seed in ((1, 0), (3, 0), (1, 1)):
+        latents = prepare_data.Latents(vae, 64, crops=crops, seed=seed)
+        prepare_data.prepare(photos, tmp_path / f"{crops}{seed}", latents=latents)
+        stored[crops, seed] = prepare_data.Dataset(tmp_path / f"{crops}{seed}")
+    torch.set_num_threads(threads)
+    data = stored[3, 0]
+    assert data.images.shape == (110, 3, 8, 8, 8) and data.meta["views"] == "crops"
+    assert np.array_equal(stored[1, 0].images[:, 0], data.images[:, 0])
+    assert not np.array_equal(stored[1, 1].images, stored[1, 0].images)
+    latents, photo = prepare_data.Latents(vae, 64, crops=1), next(photos.rglob("*.png")).read_bytes()
+    assert not np.array_equal(latents.load(photo, 0), latents.load(photo, 1))
+    ids = np.zeros(300, np.int64)
+    x, mean = data.batch(ids, np.random.default_rng(0)), torch.from_numpy(data.images[0, :, :4].astype(np.float32))
+    nearest = torch.cdist(x.flatten(1), mean.flatten(1)).argmin(1).bincount(minlength=3)
+    assert (nearest > 70).all()
+
+
+def test_random_resized_crops_have_the_sizes_asked_for_and_stay_inside():
+    """Red tells the column and green the row: from the crop's corners follows what was cut out of the picture."""
+    column, row = np.meshgrid(np.arange(250), np.arange(200))
+    image = Image.fromarray(np.dstack([column, row, column * 0]).astype(np.uint8))
+    areas, ratios, mirrored = [], [], 0
+    for i in range(200):
+        x = prepare_data.random_resized_crop(image, 64, np.random.default_rng(i)).astype(float)
+        assert x.shape == (3, 64, 64)
+        width, height = np.ptp(x[0]) * 64 / 63, np.ptp(x[1]) * 64 / 63
+        areas.append(width * height / 50000), ratios.append(width / height)
+        mirrored += x[0, 0, 0] > x[0, 0, -1]
+    assert 0.18 < min(areas) < 0.25 and 0.85 < max(areas) <= 1.03 and 0.5 < np.mean(areas) < 0.65
+    assert 0.72 < min(ratios) < 0.8 and 1.25 < max(ratios) < 1.37 and 70 < mirrored < 130
+    assert prepare_data.random_resized_crop(image.resize((250, 20)), 64, np.random.default_rng(0)).shape == (3, 64, 64)
+
+
+def test_bad_latents_get_one_line(photos, vae, tmp_path):
+    with pytest.raises(ValueError, match="--size 60 must be divisible by 8"):
+        prepare_data.Latents(vae, 60)
+    latents = prepare_data.Latents(vae, 64)
+    latents.vae.net.encoder.conv_in.bias.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        prepare_data.prepare(photos, tmp_path, latents=latents)
+    for words in (["latents"], ["latents", "--data", "x", "--out", "y", "--channels", "1"],
+                  ["pixels", "--data", "x", "--out", "y", "--crops", "2"], ["--data", "x"],
+                  ["latents", "--data", "x", "--out", "y", "--crops", "-1"]):
+        with pytest.raises(SystemExit):
+            prepare_data.parse(words)
+    assert prepare_data.parse(["--data", "x", "--out", "y"]).kind == "pixels"
