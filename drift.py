@@ -98,7 +98,7 @@ CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
 
 
 def drifting_field(gen, pos, neg, weight_neg, temperatures=TEMPERATURES, kernel="both", attraction=1.0, repulsion=1.0,
-                   reduce=lambda sums: sums):
+                   reduce=None):
     """V of sec. 3.2 summed over the temperatures (A.6), for features scaled to a mean distance of 1. Float32, no autograd.
 
     gen, pos, neg: lists of f features of one shape, [labels, G or P or U, T, C]; weight_neg [labels, U].
@@ -127,7 +127,8 @@ def drifting_field(gen, pos, neg, weight_neg, temperatures=TEMPERATURES, kernel=
         return weight_neg[label].repeat_interleave(t.stop - t.start, 0).repeat(len(features), 1)[:, None]
 
     def over_the_batch(sums):  # [n, entries] -> [n, features]
-        return reduce(sums.unflatten(1, (len(gen), -1)).sum(2).flatten()).view(len(sums), -1)
+        sums = sums.unflatten(1, (len(gen), -1)).sum(2)
+        return sums if reduce is None else reduce(sums.flatten()).view_as(sums)
 
     def spread(values):  # [features] -> [entries, 1, 1]
         return values.repeat_interleave(labels * T)[:, None, None]
