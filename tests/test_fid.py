@@ -1,9 +1,11 @@
 """fid.py against the reference tools' figures (tests/fixtures/inception: random weights, images and what came out)."""
+import hashlib
 import importlib.util
 import json
 import subprocess
 import sys
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -88,8 +90,6 @@ def test_checkpoint_keys_and_refusals(net, expected, weights, tmp_path):
     ours = {key for key in net.state_dict() if not key.endswith("num_batches_tracked")}
     assert ours == set(expected["keys"].tolist())
     state = torch.load(weights, weights_only=True)
-    save_file(state, tmp_path / "weights.safetensors")
-    assert torch.equal(fid.load_inception(tmp_path / "weights.safetensors").fc.bias, state["fc.bias"])
     torch.save({**state, "AuxLogits.fc.weight": torch.zeros(1)}, tmp_path / "torchvision.pth")
     torch.save({"net": torch.nn.Linear(1, 1)}, tmp_path / "pickled.pth")  # would need code to be run
     (tmp_path / "text.pth").write_text("no checkpoint")
@@ -182,46 +182,64 @@ def test_precision_recall(expected):
 
 @pytest.mark.parametrize("count", [1, 2, 5, 6, 7])
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_gather_restores_the_order(count, world):
-    indices = [10 * i for i in range(count)]
-    shards = [fid.shard(indices, rank, world) for rank in range(world)]
-    assert len({len(shard) for shard in shards}) == 1
-    parts = [torch.tensor(shard)[:, None].expand(-1, 4) for shard in shards]
-    assert fid.interleave(parts, count)[:, 0].tolist() == indices
+def test_gather_restores_the_order(count, world, monkeypatch):
+    """Processes one after another, whose sums arrive at rank 0: rows come in the order of the indices, each from its image."""
+    indices, total = [10 * i for i in range(count)], 0
+    extractor = fid.Extractor(lambda images: images.flatten(1).float(), "", "", None)
+    for rank in reversed(range(world)):
+        def reduce(rows, to):
+            nonlocal total
+            total = rows.add_(total)
+        monkeypatch.setattr(fid, "dist", SimpleNamespace(is_initialized=lambda: world > 1, get_rank=lambda: rank,
+                                                         get_world_size=lambda: world, reduce=reduce))
+        read = lambda some: torch.tensor(some)[:, None, None, None].expand(-1, 1, 2, 2)
+        rows = fid.gather_features(read, indices, extractor, batch_size=2)
+        assert (rows is None) == (rank > 0)
+    assert rows[:, 0].tolist() == indices and rows.shape == (count, 4)
 
 
 # ------------------------------------------------------------------------------------------------------------------
 # Files
 
 def test_reference_files(tmp_path):
+    """Every kind of file that exists, refused with the other family's resize and with other features."""
     mu, sigma = np.arange(8, dtype=np.float32), np.diag(np.arange(1.0, 9.0))
     images = np.zeros((5, 4, 4, 3), np.uint8)
     adm = dict(mu=mu, sigma=sigma, mu_s=mu, sigma_s=sigma, arr_0=images)
-    for name, arrays, resize in (("plain", dict(mu=mu, sigma=sigma), ""), ("adm", adm, "tf1"),
-                                 ("meanflow", dict(ref_mu=mu, ref_sigma=sigma), "half")):
+
+    def read(name, features="inception-0", resize="tf1"):
+        extractor = fid.Extractor(lambda images: images.flatten(1)[:, :8].float(), features, resize, None)
+        return fid.open_reference(extractor, ref=tmp_path / f"{name}.npz")
+    for name, arrays, resize in (("pytorch-fid", dict(mu=mu, sigma=sigma), ""), ("adm", adm, "tf1"),
+                                 ("meanflow", dict(ref_mu=mu, ref_sigma=sigma), "half"),
+                                 ("own", dict(mu=mu, sigma=sigma, features="inception-0", resize="half"), "half")):
         np.savez(tmp_path / f"{name}.npz", **arrays)
-        reference = fid.load_reference(tmp_path / f"{name}.npz")
+        reference = read(name, resize=resize or "tf1")
         assert reference["mu"].dtype == reference["sigma"].dtype == torch.float64
         assert np.array_equal(reference["mu"], mu) and np.array_equal(reference["sigma"], sigma)
-        assert reference["resize"] == resize and reference["has_images"] == (name == "adm")
-        assert len(reference["ref_sha256"]) == 64 and reference["ref"] == f"{name}.npz"
+        assert (reference["real"] is not None) == (name == "adm") and reference["ref"] == f"{name}.npz"
+        assert reference["ref_sha256"] == hashlib.sha256((tmp_path / f"{name}.npz").read_bytes()).hexdigest()
 
         for other in {"tf1", "half"} - {resize} if resize else ():  # the other family's features
-            with pytest.raises(ValueError, match=f"made with resize {resize}"):
-                fid.open_reference(fid.Extractor(None, "inception-0", other, None), ref=tmp_path / f"{name}.npz")
+            with pytest.raises(ValueError, match=f"made with resize {resize}, this run has {other}"):
+                read(name, resize=other)
+        if not resize:  # mu and sigma alone can be either family's
+            assert read(name, resize="half")["ref"] == f"{name}.npz"
         with pytest.raises(ValueError, match="made with features inception"):
-            fid.open_reference(fid.Extractor(None, "encoder-0", "none", None), ref=tmp_path / f"{name}.npz")
+            read(name, "encoder-0", "none")
+    with pytest.raises(ValueError, match="made with features inception-0, this run has inception-1"):
+        read("own", "inception-1", "half")
 
     (tmp_path / "text.npz").write_text("no archive")
-    bad = dict(images=dict(arr_0=images), half=dict(mu=mu), shape=dict(mu=mu, sigma=sigma[:4]),
-               skew=dict(mu=mu, sigma=np.triu(np.ones((8, 8)))), objects=dict(mu=mu, sigma=np.array([{}], object)))
+    bad = dict(images=dict(arr_0=images), only=dict(mu=mu), shape=dict(mu=mu, sigma=sigma[:4]),
+               skew=dict(mu=mu, sigma=np.triu(np.ones((8, 8)))), objects=dict(mu=mu, sigma=np.array([{}], object)),
+               nan_mu=dict(mu=mu * np.nan, sigma=sigma), nan_sigma=dict(mu=mu, sigma=sigma * np.nan))
     for name, arrays in bad.items():
         np.savez(tmp_path / f"{name}.npz", **arrays)
-    for name in ("text", "missing", *bad):
-        with pytest.raises(ValueError):
-            fid.load_reference(tmp_path / f"{name}.npz")
-    with pytest.raises(ValueError, match="found arr_0"):
-        fid.load_reference(tmp_path / "images.npz")
+    for name, reason in dict(text="no .npz", missing="does not exist", images="found arr_0", only="found mu", objects="Object arrays",
+                             shape="no mean", skew="no mean", nan_mu="no mean", nan_sigma="no mean").items():
+        with pytest.raises(ValueError, match=reason):
+            read(name)
 
 
 def test_images_from_everywhere(tmp_path):
