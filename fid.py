@@ -13,6 +13,7 @@ uint8 by floor(255 x), the Inception-v3 of 2015-12-05 in float32, statistics in 
 exist and must not be mixed: those of ADM (resize `tf1`) and those of MeanFlow, which the paper's numbers use (`half`).
 """
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -199,7 +200,8 @@ def load_inception(path=None):
         if path is None:
             folder = Path(torch.hub.get_dir())
             folder.mkdir(parents=True, exist_ok=True)
-            with WeakFileLock(folder / "inception.lock"):  # of many processes one downloads
+            # Of many processes one downloads; torch.hub says so on stdout, where only results belong.
+            with WeakFileLock(folder / "inception.lock"), contextlib.redirect_stdout(sys.stderr):
                 state = torch.hub.load_state_dict_from_url(INCEPTION_URL, None, "cpu", check_hash=True, weights_only=True)
         else:
             state = torch.load(path, "cpu", weights_only=True)
@@ -467,29 +469,31 @@ def command_ref(args, extractor):
 
 
 def load(args):
-    """The generator of --ckpt, and its images as a function of alpha; decoded by --vae where it makes latents."""
+    """The generator of --ckpt, and the decoder of --vae if it makes latents."""
     generator = load_generator(args.ckpt, not args.no_converted_copy).to(args.device)
-    vae = None if generator.out_channels in (1, 3) else load_vae(args.vae, args.device, args.vae_chunk)
-    return generator, lambda alpha: generated(generator, alpha, args.seed, args.temperature, vae)
+    return generator, None if generator.out_channels in (1, 3) else load_vae(args.vae, args.device, args.vae_chunk)
 
 
 def command_eval(args, extractor):
     """JSON lines go to stdout, one an alpha; what people read goes to stderr."""
     if args.ckpt:
-        num_images, images = args.num_images or 50_000, load(args)[1]
+        generator, vae = load(args)
+        num_images, how = args.num_images or 50_000, {"ckpt": args.ckpt, **({"vae": args.vae} if vae else {})}
+        sources = [(dict(cfg_scale=alpha, seed=args.seed, temperature=args.temperature),
+                    generated(generator, alpha, args.seed, args.temperature, vae)) for alpha in args.cfg_scale]
     else:
         available, read = open_images(args.images)
-        num_images, images, args.cfg_scale = args.num_images or available, lambda alpha: read, [None]
+        num_images, how, sources = args.num_images or available, {"images": args.images}, [({}, read)]
         if num_images > available:
             raise ValueError(f"{args.images} holds {available:,} images, --num_images asks for {num_images:,}")
     if num_images < 10:
         raise ValueError(f"{num_images} images are too few: the protocol has 50,000, and 10 are the least")
     reference, rows = open_reference(extractor, args.ref, args.data, args.batch_size), []
-    for alpha in args.cfg_scale:
-        row = evaluate(images(alpha), num_images, extractor, reference, args.batch_size, f"alpha {alpha}")
+    for drawn, read in sources:
+        title = args.images or f"alpha {drawn['cfg_scale']:g}"
+        row = evaluate(read, num_images, extractor, reference, args.batch_size, title)
         if row is not None:  # rank 0
-            how = dict(ckpt=args.ckpt, cfg_scale=alpha, seed=args.seed, temperature=args.temperature)
-            rows.append({**(how if args.ckpt else {"images": args.images}), **row})
+            rows.append({**how, **drawn, **row})
             print(json.dumps(rows[-1]), flush=True)
     for row in rows:
         print(readable(row), file=sys.stderr)
@@ -542,8 +546,8 @@ def command_neighbours(args, extractor):
     neighbours of another class; collapse brings the images of a class together.
     """
     images, train, test = open_images(args.data), Dataset(args.data), Path(args.data) / "test"
-    generator, fake = load(args)
-    fake = fake(args.cfg_scale)
+    generator, vae = load(args)
+    fake = generated(generator, args.cfg_scale, args.seed, args.temperature, vae)
     makes, has = [*fake([0]).shape[1:], generator.num_classes], [*train.shape, train.num_classes]
     if makes != has:
         raise ValueError(f"{args.ckpt} makes {makes[:3]} of {makes[3]} classes, {args.data} has {has[:3]} of {has[3]}")
@@ -628,7 +632,7 @@ def parse(argv=None):
         if any(getattr(args, name) != score.get_default(name) for name in names):
             parser.error(f"--{', --'.join(names)} belong to {owner}")  # a flag that would be ignored is an error
     for name in ("num_images", "batch_size", "vae_chunk"):
-        if (getattr(args, name, None) or 1) < 1:
+        if getattr(args, name, None) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
     return args
 
