@@ -106,7 +106,7 @@ def precision_recall(real, fake, k=3):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# The network
+# Features
 
 def unit(width_in, width, kernel, stride=1, padding="same"):
     """Convolution without bias, BatchNorm with TensorFlow's eps, ReLU; the names are the checkpoint's."""
@@ -212,10 +212,7 @@ def load_inception(path=None):
     return net.eval().requires_grad_(False)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Features
-
-# Decorates what computes them: TF32 convolutions, torch's default on GPUs, would move them by 5e-4.
+# Decorates what computes features: TF32 convolutions, torch's default on GPUs, would move them by 5e-4.
 full_precision = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
@@ -339,8 +336,9 @@ def open_reference(extractor, ref=None, data=None, batch_size=64):
             raise ValueError(f"{ref} holds no statistics: wanted mu and sigma, or ref_mu and ref_sigma, found "
                              f"{', '.join(file.files)}; `fid.py ref --data IMAGES` makes them")
         mu, sigma = (torch.tensor(file[prefix + name], dtype=torch.float64) for name in ("mu", "sigma"))
-        if mu.ndim != 1 or sigma.shape != mu.shape * 2 or not torch.allclose(sigma, sigma.T) or not mu.isfinite().all():
-            raise ValueError(f"{ref}: mu {list(mu.shape)} and sigma {list(sigma.shape)} are no mean and covariance")
+        wanted = mu.shape[:1] if extractor.fc is None else extractor.fc.shape[1:]
+        if mu.shape != wanted or sigma.shape != wanted * 2 or not mu.isfinite().all() or not torch.allclose(sigma, sigma.T):
+            raise ValueError(f"{ref}: mu {list(mu.shape)} and sigma {list(sigma.shape)} are no mean and covariance of features")
         # The prefix is MeanFlow's; sFID statistics (mu_s) are in ADM's files only; mu and sigma alone can be either's.
         known = {"features": "inception", "resize": "half" if prefix else "tf1" if "mu_s" in file else ""}
         for key, made in known.items():
@@ -348,8 +346,10 @@ def open_reference(extractor, ref=None, data=None, batch_size=64):
             if not mine.startswith(made):
                 raise ValueError(f"{ref} was made with {key} {made}, this run has {mine}: the number would mean nothing. "
                                  f"Change --{key} (in training --eval_{key}), or make a reference with `fid.py ref`")
+        with open(ref, "rb") as raw:
+            digest = hashlib.file_digest(raw, "sha256").hexdigest()
         reference = {"mu": mu, "sigma": sigma, "real": torch.tensor(file["real"]) if "real" in file else None,
-                     "ref": Path(ref).name, "ref_sha256": hashlib.sha256(Path(ref).read_bytes()).hexdigest()}
+                     "ref": Path(ref).name, "ref_sha256": digest}
         source = data or (ref if "arr_0" in file else None)
     if source:
         count, read = open_images(source)
@@ -478,22 +478,23 @@ def command_eval(args, extractor):
     """JSON lines go to stdout, one an alpha; what people read goes to stderr."""
     if args.ckpt:
         generator, vae = load(args)
-        num_images, how = args.num_images or 50_000, {"ckpt": args.ckpt, **({"vae": args.vae} if vae else {})}
-        sources = [(dict(cfg_scale=alpha, seed=args.seed, temperature=args.temperature),
-                    generated(generator, alpha, args.seed, args.temperature, vae)) for alpha in args.cfg_scale]
+        num_images = args.num_images or 50_000
+        how = dict(ckpt=args.ckpt, seed=args.seed, temperature=args.temperature, **({"vae": args.vae} if vae else {}))
+        sources = [({"cfg_scale": alpha, **how}, generated(generator, alpha, args.seed, args.temperature, vae))
+                   for alpha in args.cfg_scale]
     else:
         available, read = open_images(args.images)
-        num_images, how, sources = args.num_images or available, {"images": args.images}, [({}, read)]
+        num_images, sources = args.num_images or available, [({"images": args.images}, read)]
         if num_images > available:
             raise ValueError(f"{args.images} holds {available:,} images, --num_images asks for {num_images:,}")
     if num_images < 10:
         raise ValueError(f"{num_images} images are too few: the protocol has 50,000, and 10 are the least")
     reference, rows = open_reference(extractor, args.ref, args.data, args.batch_size), []
-    for drawn, read in sources:
-        title = args.images or f"alpha {drawn['cfg_scale']:g}"
+    for how, read in sources:
+        title = args.images or f"alpha {how['cfg_scale']:g}"
         row = evaluate(read, num_images, extractor, reference, args.batch_size, title)
         if row is not None:  # rank 0
-            rows.append({**how, **drawn, **row})
+            rows.append({**how, **({"real": args.data} if args.ref and args.data else {}), **row})
             print(json.dumps(rows[-1]), flush=True)
     for row in rows:
         print(readable(row), file=sys.stderr)
@@ -509,7 +510,7 @@ def readable(row):
     """A result as one line for people: FID-5k 12.345  IS 67.8 +- 0.9  precision ...  recall ...  (how it was measured)."""
     n = row["num_images"]
     size = "" if n == 50_000 else f"-{n // 1000}k" if n % 1000 == 0 else f"-{n}"  # fewer make it higher
-    text = {"fid": "FID{size} {fid:.3f}", "fd": "FD{size} {fd:.3f}", "is": "IS {is:.2f} +- {is_std:.2f}",
+    text = {"fid": "FID{size} {fid:z.3f}", "fd": "FD{size} {fd:z.3f}", "is": "IS {is:.2f} +- {is_std:.2f}",
             "precision": "precision {precision:.4f}  recall {recall:.4f}"}
     how = "alpha {cfg_scale:g}, seed {seed}" if "ckpt" in row else "{images}"
     text = "  ".join(part for key, part in text.items() if key in row) + (
@@ -588,12 +589,14 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="ref | eval | neighbours")
     add = functools.partial(commands.add_parser, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    ref = add("ref", help="statistics of real images, for --ref")
+    ref, score, near = (add(name, help=text) for name, text in (
+        ("ref", "statistics of real images, for --ref"), ("eval", "score a checkpoint or image files"),
+        ("neighbours", "generated images beside the nearest real ones")))
     ref.add_argument("--data", required=True, help="prepared data set, folder, .zip, or .npz with arr_0")
     ref.add_argument("--out", required=True, help="the .npz to write")
 
-    score = add("eval", help="score a checkpoint or image files")
     what = score.add_mutually_exclusive_group(required=True)
+    what.add_argument("--ckpt", help="generator: whatever --ckpt of sample.py takes")
     what.add_argument("--images", help="prepared data set, folder, .zip, or .npz with arr_0")
     score.add_argument("--ref", help="statistics file: ours, ADM's, MeanFlow's, JiT's, pytorch-fid's")
     score.add_argument("--data", help="real images: in place of --ref, or beside it for precision and recall")
@@ -601,22 +604,19 @@ def parse(argv=None):
     score.add_argument("--cfg_scale", type=float, nargs="+", default=[1.0], help="alpha; several make a sweep")
     score.add_argument("--out", default="alpha_sweep.png", help="picture of a sweep")
 
-    near = add("neighbours", help="generated images beside the nearest real ones")
+    near.add_argument("--ckpt", required=True, help="generator: whatever --ckpt of sample.py takes")
     near.add_argument("--data", required=True, help="prepared data set: its training images, and held-out ones if any")
     near.add_argument("--num_images", type=int, default=1000, help="generated images to compare")
     near.add_argument("--cfg_scale", type=float, default=1.0, help="alpha")
     near.add_argument("--out", default="neighbours.png", help="the picture to write")
 
-    what.add_argument("--ckpt", help="generator: whatever --ckpt of sample.py takes")
-    near.add_argument("--ckpt", required=True, help="generator: whatever --ckpt of sample.py takes")
-    for command in (score, near):
-        option = command.add_argument
-        option("--seed", type=int, default=0, help="of the noise")
-        option("--temperature", type=float, default=1.0, help="multiplies the noise")
-        option("--vae", default="hf://stabilityai/sd-vae-ft-mse", help="decoder of latents, a folder or on the Hub")
-        option("--vae_chunk", type=int, default=16, help="images it decodes at a time on a GPU: bounds its memory")
     for command in (ref, score, near):
         option = command.add_argument
+        if command is not ref:
+            option("--seed", type=int, default=0, help="of the noise")
+            option("--temperature", type=float, default=1.0, help="multiplies the noise")
+            option("--vae", default="hf://stabilityai/sd-vae-ft-mse", help="decoder of latents, a folder or on the Hub")
+            option("--vae_chunk", type=int, default=16, help="images it decodes at a time on a GPU: bounds its memory")
         option("--features", default="inception", help="inception (FID), pixels or encoder:CKPT (FD)")
         option("--inception", help="Inception's weights (None: downloaded)")
         option("--resize", choices=("tf1", "half"), default="tf1", help="tf1: as ADM; half: as the paper")

@@ -90,6 +90,16 @@ def test_features_do_not_depend_on_the_batch_and_grey_is_repeated(net):
         fid.inception_features(net, images, "bicubic")
 
 
+def test_features_are_computed_without_tf32(net, monkeypatch):
+    """Which no CPU has: the switch that a GPU reads is off inside and left as it was, and autocast is off."""
+    inside = []
+    monkeypatch.setattr(net, "forward", lambda x: inside.append(
+        (torch.backends.cudnn.allow_tf32, torch.is_autocast_enabled("cpu"))) or x)
+    with torch.autocast("cpu", torch.bfloat16):
+        fid.inception_features(net, recipe.images(64)[:1])
+    assert inside == [(False, False)] and torch.backends.cudnn.allow_tf32
+
+
 def test_checkpoint_keys_and_refusals(net, expected, weights, tmp_path):
     ours = {key for key in net.state_dict() if not key.endswith("num_batches_tracked")}
     assert ours == set(expected["keys"].tolist())
@@ -221,7 +231,7 @@ def test_gather_restores_the_order(count, world, monkeypatch):
             total = rows.add_(total)
         monkeypatch.setattr(fid, "dist", SimpleNamespace(is_initialized=lambda: world > 1, get_rank=lambda: rank,
                                                          get_world_size=lambda: world, reduce=reduce))
-        read = lambda some: torch.tensor(some)[:, None, None, None].expand(-1, 1, 2, 2)
+        read = lambda some: torch.tensor(some)[:, None, None, None].expand(-1, 1, 2, 2)  # noqa: E731
         rows = fid.gather_features(read, indices, extractor, batch_size=2)
         assert (rows is None) == (rank > 0)
     assert rows[:, 0].tolist() == indices and rows.shape == (count, 4)
@@ -236,8 +246,8 @@ def test_reference_files(tmp_path):
     images = np.zeros((5, 4, 4, 3), np.uint8)
     adm = dict(mu=mu, sigma=sigma, mu_s=mu, sigma_s=sigma, arr_0=images)
 
-    def read(name, features="inception-0", resize="tf1"):
-        extractor = fid.Extractor(lambda images: images.flatten(1)[:, :8].float(), features, resize, None)
+    def read(name, features="inception-0", resize="tf1", fc=None):
+        extractor = fid.Extractor(lambda images: images.flatten(1)[:, :8].float(), features, resize, fc)
         return fid.open_reference(extractor, ref=tmp_path / f"{name}.npz")
     for name, arrays, resize in (("pytorch-fid", dict(mu=mu, sigma=sigma), ""), ("adm", adm, "tf1"),
                                  ("meanflow", dict(ref_mu=mu, ref_sigma=sigma), "half"),
@@ -258,6 +268,8 @@ def test_reference_files(tmp_path):
             read(name, "encoder-0", "none")
     with pytest.raises(ValueError, match="made with features inception-0, this run has inception-1"):
         read("own", "inception-1", "half")
+    with pytest.raises(ValueError, match="no mean and covariance"):  # of 8 features: known before 50,000 images are made
+        read("pytorch-fid", fc=torch.zeros(1008, 2048))
 
     (tmp_path / "text.npz").write_text("no archive")
     bad = dict(images=dict(arr_0=images), only=dict(mu=mu), shape=dict(mu=mu, sigma=sigma[:4]),
@@ -359,7 +371,8 @@ def test_itself_other_images_and_noise(command, features):
                            for name in ("one", "other", "noise")))
     [itself], [other], [noise] = figures
     assert abs(itself["fd"]) < 1e-6 and itself["precision"] == itself["recall"] == 1 and itself["num_images"] == 361
-    assert 1e-6 < other["fd"] < {"pixels": 0.1, "encoder:enc": 0.7}[features] * noise["fd"] and noise["precision"] < other["precision"]
+    assert 1e-6 < other["fd"] < {"pixels": 0.1, "encoder:enc": 0.7}[features] * noise["fd"]
+    assert noise["precision"] < other["precision"]
     for row, text in zip((itself, other, noise), texts):
         assert "fid" not in row and "is" not in row and "FID" not in text and "FD-361 " in text and row["resize"] == "none"
 
@@ -433,7 +446,8 @@ def test_where_precision_and_recall_come_from(command, run, monkeypatch):
     np.savez(run / "adm.npz", **bare, arr_0=np.load(run / "one.npz")["arr_0"])
     line = "eval --images other.npz --features pixels --ref "
     rows = [command(line + rest)[0][0] for rest in ("own.npz", "adm.npz", "bare.npz --data one.npz", "bare.npz")]
-    assert all(row["fd"] == rows[0]["fd"] for row in rows) and rows[0]["ref"] == "own.npz" and rows[2]["ref"] == "bare.npz"
+    assert all(row["fd"] == rows[0]["fd"] for row in rows) and rows[0]["ref"] == "own.npz" and "real" not in rows[0]
+    assert rows[2]["ref"] == "bare.npz" and rows[2]["real"] == "one.npz"
     assert len({(row["precision"], row["recall"]) for row in rows[:3]}) == 1 and 0.5 < rows[0]["recall"] < 1
     assert "precision" not in rows[3] and "precision" not in command(line + "bare.npz")[1]
     monkeypatch.setattr(fid, "REAL_FOR_PRECISION", 20)
