@@ -338,7 +338,7 @@ def open_reference(extractor, ref=None, data=None, batch_size=64):
         mu, sigma = (torch.tensor(file[prefix + name], dtype=torch.float64) for name in ("mu", "sigma"))
         wanted = mu.shape[:1] if extractor.fc is None else extractor.fc.shape[1:]
         if mu.shape != wanted or sigma.shape != wanted * 2 or not mu.isfinite().all() or not torch.allclose(sigma, sigma.T):
-            raise ValueError(f"{ref}: mu {list(mu.shape)} and sigma {list(sigma.shape)} are no mean and covariance of features")
+            raise ValueError(f"{ref}: mu {list(mu.shape)} and sigma {list(sigma.shape)} are no features' mean, covariance")
         # The prefix is MeanFlow's; sFID statistics (mu_s) are in ADM's files only; mu and sigma alone can be either's.
         known = {"features": "inception", "resize": "half" if prefix else "tf1" if "mu_s" in file else ""}
         for key, made in known.items():
@@ -391,9 +391,8 @@ def generated(generator, cfg_scale=1.0, seed=0, temperature=1.0, vae=None):
     No other random numbers are drawn: a training run that evaluates goes on as if it had not.
     """
     def read(indices):
-        indices = torch.tensor(indices)
-        return to_uint8(generate(generator, indices % generator.num_classes, indices, cfg_scale, temperature, seed,
-                                 batch_size=len(indices), vae=vae))
+        labels = [i % generator.num_classes for i in indices]
+        return to_uint8(generate(generator, labels, indices, cfg_scale, temperature, seed, len(indices), vae=vae))
     return read
 
 
@@ -549,11 +548,12 @@ def command_neighbours(args, extractor):
     images, train, test = open_images(args.data), Dataset(args.data), Path(args.data) / "test"
     generator, vae = load(args)
     fake = generated(generator, args.cfg_scale, args.seed, args.temperature, vae)
-    makes, has = [*fake([0]).shape[1:], generator.num_classes], [*train.shape, train.num_classes]
-    if makes != has:
-        raise ValueError(f"{args.ckpt} makes {makes[:3]} of {makes[3]} classes, {args.data} has {has[:3]} of {has[3]}")
-    if args.num_images < 2 * has[3]:
-        raise ValueError(f"--num_images {args.num_images}: at least two of each of the {has[3]} classes are needed")
+    classes, makes = train.num_classes, [*fake([0]).shape[1:]]
+    if (makes, generator.num_classes) != ([*train.shape], classes):
+        raise ValueError(f"{args.ckpt} makes {makes} of {generator.num_classes} classes, "
+                         f"{args.data} has {[*train.shape]} of {classes}")
+    if args.num_images < 2 * classes:
+        raise ValueError(f"--num_images {args.num_images}: at least two of each of the {classes} classes are needed")
 
     def features(count, read, title):
         rows = gather_features(read, range(count), extractor, args.batch_size, title)
@@ -573,7 +573,7 @@ def command_neighbours(args, extractor):
     def spread(rows, labels):
         return np.mean([torch.pdist(rows[torch.from_numpy(labels == c)][:1000]).mean().item() for c in np.unique(labels)])
 
-    asked = np.arange(args.num_images) % train.num_classes
+    asked = np.arange(args.num_images) % classes
     distance = compare("generated", made, asked)
     if held_out is not None:
         yardstick = compare("held out", held_out, Dataset(args.data, "test").labels)

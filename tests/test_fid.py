@@ -268,7 +268,7 @@ def test_reference_files(tmp_path):
             read(name, "encoder-0", "none")
     with pytest.raises(ValueError, match="made with features inception-0, this run has inception-1"):
         read("own", "inception-1", "half")
-    with pytest.raises(ValueError, match="no mean and covariance"):  # of 8 features: known before 50,000 images are made
+    with pytest.raises(ValueError, match="no features' mean"):  # of 8 features: known before 50,000 images are made
         read("pytorch-fid", fc=torch.zeros(1008, 2048))
 
     (tmp_path / "text.npz").write_text("no archive")
@@ -278,8 +278,8 @@ def test_reference_files(tmp_path):
     for name, arrays in bad.items():
         np.savez(tmp_path / f"{name}.npz", **arrays)
     for name, reason in dict(text="no .npz", missing="does not exist", images="found arr_0", only="found mu",
-                             objects="Object arrays", shape="no mean", skew="no mean", nan_mu="no mean",
-                             nan_sigma="no mean").items():
+                             objects="Object arrays", shape="no features' mean", skew="no features' mean", nan_mu="no features' mean",
+                             nan_sigma="no features' mean").items():
         with pytest.raises(ValueError, match=reason):
             read(name)
 
