@@ -108,7 +108,9 @@ def build_parser(preset=None):
     g.add_argument("--eval_every", type=int, default=0, help="steps between evaluations of the EMA weights; 0: none")
     g.add_argument("--eval_images", type=int, default=10000, help="generated images an evaluation")
     g.add_argument("--eval_features", default="inception", help="inception (FID), pixels or encoder:CKPT (FD)")
-    g.add_argument("--eval_ref", help="reference statistics of fid.py ref (None: made of --data at the start)")
+    g.add_argument("--eval_ref", help="statistics file, as --ref of fid.py (None: made of --data's images at the start)")
+    g.add_argument("--eval_resize", choices=("tf1", "half"), default="tf1", help="of Inception's input: as ADM, as the paper")
+    g.add_argument("--eval_inception", help="Inception's weights (None: downloaded)")
     g.add_argument("--kernel", choices=("both", "targets", "none"), default="both", help="Table 11: normalised over")
     g.add_argument("--attraction", type=float, default=1.0, help="Table 1: multiplies V+")
     g.add_argument("--repulsion", type=float, default=1.0, help="Table 1: multiplies V-")
@@ -134,8 +136,11 @@ def parse(argv):
     if args.stage == "generator":
         if args.reals == "index" and "--push" in given:
             parser.error("--push is read with --reals queue only")
-        if not args.eval_every and given & {"--eval_images", "--eval_features", "--eval_ref"}:
-            parser.error("--eval_images, --eval_features and --eval_ref are read with --eval_every only")
+        evaluation = given & {"--eval_images", "--eval_features", "--eval_ref", "--eval_resize", "--eval_inception"}
+        if evaluation and not args.eval_every:
+            parser.error(f"{', '.join(sorted(evaluation))} are read with --eval_every only")
+        if args.eval_features != "inception" and given & {"--eval_resize", "--eval_inception"}:
+            parser.error("--eval_resize and --eval_inception are read with --eval_features inception only")
     for key, value in vars(args).items():
         if key in ("steps", "log_every", "sample_every", "save_every", "batch_size", "labels", "gen", "pos", "push") and value < 1:
             parser.error(f"--{key} must be at least 1")
@@ -403,7 +408,8 @@ class Evaluator:
     def __init__(self, args, vae):
         import fid
         self.fid, self.args, self.vae, self.best = fid, args, vae, Path(args.out) / "best"
-        self.extractor = fid.load_extractor(args.eval_features, device=args.device)
+        self.extractor = fid.load_extractor(args.eval_features, args.eval_resize, args.eval_inception, args.device,
+                                            not args.no_converted_copy)
         self.reference = fid.open_reference(self.extractor, args.eval_ref, None if args.eval_ref else args.data)
 
     def __call__(self, ema, step, num_images):
