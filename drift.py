@@ -53,7 +53,8 @@ def feature_drift_loss(gen, pos, neg=None, weight_neg=None, **options):
     Returns (total loss, losses {name: scalar}, infos {name: info}).
     """
     if neg is None:
-        neg, weight_neg = {name: x[:, :0] for name, x in gen.items()}, next(iter(gen.values())).new_ones(0, 0)
+        neg = {name: x[:, :0] for name, x in gen.items()}
+        weight_neg = next(iter(gen.values()))[:, :0, 0, 0]
     alike = {}  # features of one shape are computed together: the sixty small ones would be lost time one by one
     for name, x in gen.items():
         alike.setdefault((x.shape, x.dtype), []).append(name)

@@ -347,7 +347,9 @@ def run(tmp_path_factory):
     save(encoder, folder / "nan", config)
     shutil.copytree(folder / "digits", folder / "latents")
     meta = json.loads((folder / "latents/train/meta.json").read_text())
-    (folder / "latents/train/meta.json").write_text(json.dumps({**meta, "kind": "latents"}))
+    meta.update(kind="latents", dtype="float16", shape=[meta["shape"][0], 2, 8, 8, 8])
+    (folder / "latents/train/meta.json").write_text(json.dumps(meta))
+    np.zeros(meta["shape"], np.float16).tofile(folder / "latents/train/images.bin")
     return folder
 
 
