@@ -95,7 +95,7 @@ class _ValueAndGradient(torch.autograd.Function):
 # The field
 
 # Size of a chunk's coefficients or forces of all temperatures: on a CPU a few of them fit its cache, on a GPU they keep it busy.
-CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
+CHUNK_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}
 
 
 def drifting_field(gen, pos, neg, weight_neg, temperatures=TEMPERATURES, kernel="both", attraction=1.0, repulsion=1.0,
