@@ -834,7 +834,7 @@ def load_checkpoint(folder, args, net, emas, optimizer, bad_steps, stage):
     slots = {}
     for name, value in part("optimizer.").items():
         i, key = name.split(".")
-        slots.setdefault(int(i), {})[key] = value.cpu() if key == "step" else value
+        slots.setdefault(int(i), {})[key] = value.cpu() if key == "step" else value.clone()  # not a view of the file
     optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
     bad_steps.copy_(state["bad_steps"])
     if getattr(stage, "queue", None):

@@ -1,16 +1,22 @@
-"""train.py and sample.py by running them: small runs that are stopped, resumed, split over processes and sampled."""
+"""train.py and sample.py by running them: small runs that are stopped, killed, resumed, split over processes and sampled."""
+import glob
 import json
 import os
+import random
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
+import types
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -54,7 +60,8 @@ def changed(args, **options):
 
 def weights(run, step=6):
     folder = f"{run}/step_{step:08d}"
-    return {**load_file(f"{folder}/train_state.safetensors"), **load_file(f"{folder}/model.safetensors")}
+    files = load_file(f"{folder}/train_state.safetensors"), load_file(f"{folder}/model.safetensors")
+    return {name: p.clone() for file in files for name, p in file.items()}  # as they are now: the files are mapped
 
 
 def log(run):
@@ -79,39 +86,82 @@ def test_stopped_and_resumed_is_bit_equal(home, args, options):
 
 
 def test_killed_at_any_moment(home):
-    """A real process, SIGKILLed wherever it happens to be, ends with an undisturbed run's weights."""
-    args = changed(GENERATOR, steps=16, save_every=2)
-    train.main(changed(args, out="runs/calm"))
-    command = [sys.executable, str(ROOT / "train.py"), *changed(args, out="runs/killed")]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    for wanted in (4, 10):
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not os.path.exists(f"runs/killed/step_{wanted:08d}"):
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    subprocess.run(command, env=environment, check=True, capture_output=True)
-    calm, killed = weights("runs/calm", 16), weights("runs/killed", 16)
-    assert all(torch.equal(v, killed[k]) for k, v in calm.items())
+    """20 real SIGKILLs, some in the middle of a checkpoint: the run ends with an undisturbed run's weights, bit for bit."""
+    found, errors = script("kill")
+    assert found["kills"] == 20 and found["partial"] >= 4
+    calm, killed = weights("runs/calm", 70), weights("runs/killed", 70)
+    assert calm.keys() == killed.keys() and all(torch.equal(v, killed[k]) for k, v in calm.items())
+    for average in ("ema_0.99/", ""):
+        calm, killed = (load_file(f"runs/{run}/step_00000070/{average}model.safetensors") for run in ("calm", "killed"))
+        assert all(torch.equal(v, killed[k]) for k, v in calm.items())
 
 
-@pytest.mark.parametrize("args, options", [(ENCODER, {}), (GENERATOR, {"reals": "queue"})])
-def test_two_processes_train_what_one_does(home, args, options):
-    """Same draws, same normalisers, same gradients: two gloo processes follow one process's run."""
-    shutil.rmtree("runs/one", ignore_errors=True), shutil.rmtree("runs/two", ignore_errors=True)
-    args = changed(args, steps=4, save_every=4, **options)
-    train.main(changed(args, out="runs/one"))
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                    str(ROOT / "train.py"), *changed(args, out="runs/two")], check=True, capture_output=True,
-                   env={**os.environ, "OMP_NUM_THREADS": "1"})
-    for one, two in zip(log("runs/one"), log("runs/two"), strict=True):
-        first = one["step"] == 1  # later, Adam has made rounding in the smallest gradients visible
-        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5 if first else 1e-3)
-        assert one["norm"] == pytest.approx(two["norm"], rel=1e-4 if first else 1e-2)
-    one, two = weights("runs/one", 4), weights("runs/two", 4)
-    assert all(torch.equal(value, two[name]) for name, value in one.items() if name.startswith("queue."))
-    flat = [torch.cat([v.flatten() for k, v in w.items() if k.startswith("net.")]) for w in (one, two)]
-    assert relative_error(flat[1], flat[0]) < 1e-2
+def test_sigterm_dead_ranks_and_bad_starts(home):
+    found, errors = script("fault")
+    calm = weights("runs/calm60", 60)
+    for world in (1, 2):  # one process was told; all save the same step, within seconds, and end without an error
+        codes, seconds = found[f"term{world}"]
+        assert codes == [0] * world and seconds < 5
+        assert len(found[f"saved{world}"]) == 1 and not found[f"saved{world}"][0].endswith("60")
+        resumed = weights(f"runs/term{world}", 60)  # on another number of processes
+        flat = [torch.cat([v.flatten() for k, v in w.items() if k.startswith("net.")]) for w in (calm, resumed)]
+        assert relative_error(flat[1], flat[0]) < 1e-2
+        assert all(torch.equal(v, resumed[k]) for k, v in calm.items() if k.startswith("queue."))
+    codes, seconds = found["orphan"]
+    assert codes[0] not in (0, "late") and codes[1] == -9 and seconds < 20
+    codes, seconds = found["bad_start"]
+    assert codes == [1, 1] and seconds < 20
+    assert errors.count("data/nowhere/train: no prepared data there") == 2  # both processes know why
+
+
+def test_processes_and_micro_batches_train_what_one_pass_does(home):
+    """1, 2 and 4 gloo processes, each with 1, 2 and 4 micro-batches: the loss, its gradient, 20 steps."""
+    script("equal")
+    for name in ("g", "e"):
+        whole = torch.load(f"runs/equal_{name}_1_1.pt")
+        assert torch.tensor(whole["grad"]).norm() > 1e-3
+        for world in (1, 2, 4):
+            for parts in (1, 2, 4):
+                found = torch.load(f"runs/equal_{name}_{world}_{parts}.pt")
+                assert found["loss"] == pytest.approx(whole["loss"], rel=1e-5), (name, world, parts)
+                assert relative_error(found["grad"], whole["grad"]) < 1e-4, (name, world, parts)
+                if name == "g" and (world, parts) in CURVES:
+                    for a, b in zip(log("runs/equal_g_1_1"), log(f"runs/equal_g_{world}_{parts}"), strict=True):
+                        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3), (world, parts, a["step"])
+
+
+@pytest.mark.parametrize("reals", ["queue", "index"])
+def test_draws_depend_on_seed_and_step_alone(home, monkeypatch, reals):
+    """Labels, alphas, noise, styles and reals of a step, put together from 1, 2 and 4 processes, are the same bits."""
+    args, data = train.parse(changed(GENERATOR, reals=reals, device="cpu")), prepare_data.Dataset("data/digits")
+    drawn = {}
+    for world in (1, 2, 4):
+        monkeypatch.setattr(train, "world_size", lambda: world)
+        shares = []
+        for rank in range(world):
+            monkeypatch.setattr(train, "get_rank", lambda: rank)
+            stage = train.GeneratorStage(args, data)
+            shares.append([stage.batch(step) for step in (3, 4)])
+        drawn[world] = [torch.cat([share[i][j] for share in shares]) for i in (0, 1) for j in range(6)]
+    for one, two, four in zip(*drawn.values()):
+        assert torch.equal(one, two) and torch.equal(one, four) and one.float().std() > 0
+    assert not torch.equal(drawn[1][2], drawn[1][8])  # another step, other noise
+
+
+def test_torchrun(home):
+    """The command itself, on two processes; a SIGTERM to torchrun reaches them, and they save."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "train.py"),
+               *changed(GENERATOR, out="runs/torchrun", steps=10000, save_every=10000, cooldown=0)]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)
+    wait_for("runs/torchrun/log.jsonl")
+    process.send_signal(signal.SIGTERM)
+    began, text = time.time(), process.communicate(timeout=30)[0]
+    step = int(model.latest_checkpoint("runs/torchrun").name[5:])
+    assert time.time() - began < 10 and f"stopped by SIGTERM after step {step}, which is saved" in text
+    train.main(changed(GENERATOR, out="runs/torchrun_one", steps=1, save_every=1, cooldown=0))
+    for one, two in zip(log("runs/torchrun_one"), log("runs/torchrun")):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5) and one["norm"] == pytest.approx(two["norm"], rel=1e-4)
 
 
 def test_a_checkpoint_needs_no_flags(home):
@@ -119,8 +169,9 @@ def test_a_checkpoint_needs_no_flags(home):
     generator = model.load_generator("runs/g")  # the run's newest checkpoint
     ema = load_file("runs/g/step_00000006/model.safetensors")
     assert all(torch.equal(value, ema[name]) for name, value in generator.state_dict().items())
-    assert set(os.listdir("runs/g/step_00000006")) == {"README.md", "config.json", "model.safetensors",
+    assert set(os.listdir("runs/g/step_00000006")) == {"README.md", "config.json", "model.safetensors", "SHA256SUMS",
                                                        "train_state.safetensors"}
+    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd="runs/g/step_00000006", check=True)
     with pytest.raises(ValueError, match="not a Generator"):
         model.load_generator("runs/e")
 
@@ -199,28 +250,51 @@ def test_the_average_keeps_no_graph(home):
     kept = []
     save = train.save_checkpoint
     try:
-        train.save_checkpoint = lambda *args: kept.append(args[4])
+        train.save_checkpoint = lambda *args, **state: kept.append(state["emas"][0])
         train.main(changed(GENERATOR, out="runs/graph", steps=2))
     finally:
         train.save_checkpoint = save
     assert kept and all(not p.requires_grad and p.grad_fn is None for p in kept[0].parameters())
 
 
-def test_damaged_checkpoints_and_other_data_are_refused(home):
-    train.main(changed(GENERATOR, out="runs/damaged", steps=4, save_every=2))
-    args = changed(GENERATOR, out="runs/damaged")
-    for name in ("model.safetensors", "train_state.safetensors"):
-        file = home / "runs/damaged/step_00000004" / name
-        whole = file.read_bytes()
-        file.write_bytes(whole[:5000])
-        with pytest.raises(ValueError, match="step_00000004 is damaged.*the one before"):
-            train.main(args)
-        file.write_bytes(whole)
+def test_damaged_checkpoints_are_recognised_and_the_one_before_is_used(home, capsys):
+    args = changed(GENERATOR, out="runs/damaged", save_every=2)
+    train.main(args)
+    wanted = weights("runs/damaged")
+
+    def truncated(data):
+        return data[:5000]
+
+    def flipped(data):
+        return data[:-3] + bytes([data[-3] ^ 4]) + data[-2:]
+
+    for name, damage in (("model.safetensors", truncated), ("train_state.safetensors", flipped), ("SHA256SUMS", flipped)):
+        file = home / "runs/damaged/step_00000006" / name
+        file.write_bytes(damage(file.read_bytes()))
+        train.main(args)
+        assert "step_00000006 is damaged" in (said := capsys.readouterr().out) and "before it is used" in said
+        assert all(torch.equal(v, weights("runs/damaged")[k]) for k, v in wanted.items())
+        assert "resuming at step 4" in said and (home / "runs/damaged/step_00000006.damaged").exists()
+    for folder in glob.glob("runs/damaged/step_0000000[46]"):
+        os.remove(f"{folder}/model.safetensors")
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        train.main(args)
+
+
+def test_other_data_is_refused(home):
+    train.main(changed(GENERATOR, out="runs/other", steps=2))
     shutil.copytree("data/digits", "data/inverted")
     images = np.fromfile("data/inverted/train/images.bin", np.uint8)
     (255 - images).tofile("data/inverted/train/images.bin")
     with pytest.raises(ValueError, match="other data"):
-        train.main(changed(args, data="data/inverted"))
+        train.main(changed(GENERATOR, out="runs/other", data="data/inverted"))
+    labels = np.load("data/inverted/train/labels.npy")
+    np.save("data/inverted/train/labels.npy", np.where(labels == 9, 10, labels))
+    with pytest.raises(ValueError, match="labels.npy does not fit meta.json"):  # one label too high
+        train.main(changed(GENERATOR, out="runs/labels", data="data/inverted"))
+    (255 - images[:-1]).tofile("data/inverted/train/images.bin")
+    with pytest.raises(ValueError, match="images.bin has 92287 bytes, its meta.json says 92288"):
+        train.main(changed(GENERATOR, out="runs/labels", data="data/inverted"))
 
 
 @pytest.mark.parametrize("options, message", [
@@ -228,23 +302,59 @@ def test_damaged_checkpoints_and_other_data_are_refused(home):
     ({"encoder": "runs/nowhere"}, "runs/nowhere: no model there"),
     ({"data": "data/nowhere"}, "no prepared data there"),
     ({"out": "runs/e"}, "is of another model"),
+    ({"micro_batches": 3}, "must be divisible by 3"),
 ])
 def test_bad_input_is_refused_at_the_start(home, options, message):
     with pytest.raises((ValueError, OSError), match=message):
         train.main(changed(GENERATOR, reals="index", **options))
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_and_spoils_nothing(home):
-    args = changed(GENERATOR, out="runs/nan", save_every=1, steps=3)
+def test_a_loss_or_gradient_that_is_not_finite_skips_the_step(home, monkeypatch):
+    """It is counted, leaves no trace in the weights, and the run goes on; too many in a row end it."""
+    backward, spoilt = train.GeneratorStage.backward, {3}
+
+    def spoil(self, step):
+        loss, logs = backward(self, step)
+        if step in spoilt and step % 2:
+            self.net.patch_embed.weight.grad[0, 0] = float("nan")
+        elif step in spoilt:
+            loss = loss * float("inf")
+        return loss, logs
+
+    monkeypatch.setattr(train.GeneratorStage, "backward", spoil)
+    args = changed(GENERATOR, out="runs/nan", save_every=1, cooldown=0)
+    train.main(changed(args, steps=4))
+    before, after, average = weights("runs/nan", 3), weights("runs/nan", 4), model.load_generator("runs/nan").state_dict()
+    for key, value in after.items():  # the average goes on, towards the same weights
+        changes = key == "bad_steps" or key.startswith("queue.") or key in average
+        assert value.isfinite().all() and (changes or torch.equal(value, before[key])), key
+    assert after["bad_steps"].tolist() == [1, 1]
     train.main(args)
-    stage_loss = train.GeneratorStage.loss
-    try:
-        train.GeneratorStage.loss = lambda self, step: (stage_loss(self, step)[0] * (float("nan") if step == 4 else 1), {})
-        with pytest.raises(ValueError, match="step 4: the gradient is nan.*step_00000004"):
-            train.main(changed(args, steps=6))
-    finally:
-        train.GeneratorStage.loss = stage_loss
-    assert all(v.isfinite().all() for v in weights("runs/nan", 4).values())
+    whole = weights("runs/nan")
+    assert whole["bad_steps"].tolist() == [0, 1] and log("runs/nan")[-1]["skipped"] == 1
+    assert not torch.equal(whole["net.pos_embed"], after["net.pos_embed"])
+    shutil.copytree("runs/nan/step_00000006", "runs/nan_again/step_00000006")
+    spoilt.update(range(6, 100))
+    with pytest.raises(ValueError, match="step 9: loss or gradient was not finite 3 times in a row.*step_00000009"):
+        train.main(changed(args, steps=20, max_bad_steps=3))
+    stopped = weights("runs/nan", 9)
+    assert all(torch.equal(v, whole[k]) for k, v in stopped.items() if k.startswith(("net.", "optimizer.")))
+    assert all(v.isfinite().all() for v in stopped.values()) and log("runs/nan")[-1]["loss"] is None
+    spoilt.intersection_update({3})
+    train.main(changed(args, steps=8, out="runs/nan_again"))  # what was skipped spoils nothing later
+    assert weights("runs/nan_again", 8)["bad_steps"].tolist() == [0, 1]
+
+
+def test_the_fused_optimizer_looks_at_found_inf():
+    """What a GPU relies on instead of waiting: with found_inf the kernel leaves weights, moments and step counts alone."""
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([p], fused=True)
+    for bad in (0.0, 1.0):
+        p.grad = torch.full((3,), float("nan") if bad else 1.0)
+        optimizer.found_inf = torch.tensor(bad)
+        before = [t.clone() for t in (p, *optimizer.state[p].values())]
+        optimizer.step()
+        assert bad == all(torch.equal(a, b) for a, b in zip(before, (p, *optimizer.state[p].values())))
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(home):
@@ -261,13 +371,13 @@ def test_a_full_disk_leaves_the_last_checkpoint(home):
 
 def test_crop_resize():
     """The whole image is left as it is, a flip mirrors it, and a quarter's crop is that quarter, enlarged."""
-    x = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     whole = np.tile([0.0, 0, 1, 1], (3, 1))
     assert torch.allclose(train.crop_resize(x, whole, np.array([False, True, False]))[::2], x[::2], atol=1e-5)
     assert torch.allclose(train.crop_resize(x, whole, np.array([False, True, False]))[1], x[1].flip(2), atol=1e-5)
     quarter = train.crop_resize(x, np.tile([0.5, -0.5, 0.5, 0.5], (3, 1)), np.zeros(3, bool))  # right, upper
-    enlarged = torch.nn.functional.interpolate(x, scale_factor=2, mode="bilinear")[:, :, :8, 8:]
-    assert torch.allclose(quarter[:, :, 1:-1, 1:-1], enlarged[:, :, 1:-1, 1:-1], atol=1e-5)
+    enlarged = torch.nn.functional.interpolate(x, scale_factor=2, mode="bicubic")[:, :, :8, 8:].clamp(-1, 1)
+    assert torch.allclose(quarter[:, :, 3:-3, 3:-3], enlarged[:, :, 3:-3, 3:-3], atol=1e-5)
     crops = train.random_crops(10_000, 0.2, np.random.default_rng(0))
     assert (np.abs(crops[:, :2]) + crops[:, 2:] <= 1 + 1e-9).all() and (crops[:, 2] * crops[:, 3]).min() > 0.14
     assert np.ptp(crops[:, 0]) > 0.8
@@ -355,3 +465,170 @@ def test_commands_write_what_they_say(generator, capsys):
 def test_bad_input_to_sample_is_one_line(generator, words, message):
     result = subprocess.run([sys.executable, str(ROOT / "sample.py"), *words], capture_output=True, text=True)
     assert result.returncode == 1 and message in result.stderr and len(result.stderr.strip().splitlines()) == 1
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Many processes. This file as a script forks them from one that has imported everything (an import takes seconds) and has
+# computed nothing, so each is as fresh as a started one. It prints a dict of findings, which the tests look at.
+
+TINY = ("--data data/digits --encoder runs/tiny_encoder --init_from runs/tiny --model XS --patch_size 4 --labels 8 --gen 4 --pos 6 "
+        "--uncond 2 --lr 1e-3 --warmup 2 --push 32 --log_every 1 --sample_every 10000 --save_every 10000 --device cpu").split()
+
+
+CURVES = ((1, 1), (2, 2), (4, 1))  # (processes, micro-batches) that are followed for 20 steps
+
+
+def script(mode):
+    result = subprocess.run([sys.executable, __file__, mode], capture_output=True, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1]), result.stderr
+
+
+def fork(function, *args, world=1, **different):
+    """Process ids of `world` gloo processes; `different` maps a rank to arguments of its own."""
+    children, meeting = [], tempfile.mktemp()
+    for rank in range(world):
+        children.append(os.fork())
+        if children[-1] == 0:
+            code = 1
+            try:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                if world > 1:
+                    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+                function(*different.get(f"rank{rank}", args))
+                code = 0
+            except SystemExit as error:
+                code = error.code or 0
+            except (OSError, ValueError) as error:
+                print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            except BaseException:
+                traceback.print_exc()
+            os._exit(code)
+    return children
+
+
+def ended(children, seconds=60):
+    """Exit codes (-9: killed) of processes, or "late"; and the seconds waited."""
+    began, codes = time.time(), dict.fromkeys(children)
+    while None in codes.values() and time.time() - began < seconds:
+        for child in [c for c, code in codes.items() if code is None]:
+            pid, status = os.waitpid(child, os.WNOHANG)
+            if pid:
+                codes[child] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    for child in [c for c, code in codes.items() if code is None]:
+        os.kill(child, signal.SIGKILL), os.waitpid(child, 0)
+        codes[child] = "late"
+    return list(codes.values()), time.time() - began
+
+
+def wait_for(pattern, seconds=30):
+    """Until a file of this pattern exists."""
+    began = time.time()
+    while not glob.glob(pattern):
+        assert time.time() - began < seconds, f"{pattern} did not appear"
+        time.sleep(0.001)
+
+
+def tiny_networks():
+    model.GENERATOR_SIZES["XS"] = dict(hidden_size=32, depth=1, num_heads=2, n_cls_tokens=2)
+    if os.fork() == 0:  # computing would start threads, which a fork does not take along
+        torch.manual_seed(0)
+        model.MAE(1, 64, (1,), input_patch_size=2, num_classes=10).save_pretrained("runs/tiny_encoder")
+        net = model.Generator(8, 1, patch_size=4, num_classes=10, **model.GENERATOR_SIZES["XS"])
+        for p in net.parameters():  # as initialised, it makes one and the same image
+            p.data += 0.05 * torch.randn(p.shape)
+        net.save_pretrained("runs/tiny")
+        os._exit(0)
+    os.wait()
+
+
+def one_step(args, path):
+    """Loss and averaged gradient of step 0, and what the step drew."""
+    args = train.parse(args)
+    torch.manual_seed(0)
+    data = prepare_data.Dataset(args.data)
+    stage = (train.EncoderStage if args.stage == "encoder" else train.GeneratorStage)(args, data)
+    if args.stage == "generator":
+        stage.net.load_state_dict(load_file("runs/tiny/model.safetensors"))
+    loss, _ = stage.backward(0)
+    params = list(stage.net.parameters())
+    loss, stopping = train.average(params, loss, False)
+    if train.get_rank() == 0:
+        torch.save({"loss": loss.item(), "grad": torch.cat([p.grad.flatten() for p in params]).tolist()}, path)
+    if args.stage == "generator":
+        assert all(p.grad is None and not p.requires_grad for p in stage.encoders.parameters())
+        assert not any(m.training for m in stage.encoders.modules())
+
+
+def equal_mode():
+    """Losses and gradients on 1, 2 and 4 processes in 1, 2 and 4 micro-batches; curves of 20 steps."""
+    def all_parts(world):
+        for parts in (1, 2, 4):
+            for name, args in (("g", changed(TINY, reals="index", labels=16, gen=3, steps=20)), ("e", encoder)):
+                out = f"runs/equal_{name}_{world}_{parts}"
+                args = changed(args, out=out, micro_batches=parts)
+                one_step(args, f"{out}.pt")
+                if name == "g" and (world, parts) in CURVES:
+                    train.main(args)
+
+    tiny_networks()
+    encoder = changed(ENCODER, base_channels=8, device="cpu")
+    for world in (1, 2, 4):
+        assert ended(fork(all_parts, world, world=world), 120)[0] == [0] * world
+    return {}
+
+
+def kill_mode():
+    """A run killed 20 times, every fourth time in the middle of a checkpoint, then left to end; and one left alone."""
+    tiny_networks()
+    args = [*changed(TINY, steps=70, save_every=1), "--ema_decay", "0.9", "0.99"]
+    assert ended(fork(train.main, changed(args, out="runs/calm")))[0] == [0]
+    kills, partial, rng = 0, 0, random.Random(0)
+    for i in range(20):
+        before = max(glob.glob("runs/killed/step_" + "[0-9]" * 8), default="")
+        for path in glob.glob("runs/killed/step_*.tmp"):
+            shutil.rmtree(path)
+        children = fork(train.main, changed(args, out="runs/killed"))
+        if i % 4 == 0:
+            wait_for("runs/killed/step_*.tmp")
+        elif i % 4 == 1:
+            time.sleep(rng.uniform(0, 0.5))  # perhaps at its start
+        else:
+            while max(glob.glob("runs/killed/step_" + "[0-9]" * 8), default="") == before:
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, 0.05))
+        os.kill(children[0], signal.SIGKILL)
+        kills += ended(children)[0] == [-9]
+        partial += bool(glob.glob("runs/killed/step_*.tmp"))
+    assert ended(fork(train.main, changed(args, out="runs/killed")))[0] == [0]
+    return dict(kills=kills, partial=partial)
+
+
+def fault_mode():
+    """SIGTERM to one process and to one of two; a rank that dies; a rank that cannot start."""
+    tiny_networks()
+    found, args = {}, changed(TINY, steps=60)
+    assert ended(fork(train.main, changed(args, out="runs/calm60")))[0] == [0]
+    for world in (1, 2):
+        children = fork(train.main, changed(args, out=f"runs/term{world}"), world=world)
+        wait_for(f"runs/term{world}/log.jsonl")
+        time.sleep(0.1)
+        os.kill(children[-1], signal.SIGTERM)
+        found[f"term{world}"] = ended(children)
+        found[f"saved{world}"] = sorted(glob.glob(f"runs/term{world}/step_*"))
+    for world in (1, 2):  # each goes on on the other number of processes
+        assert ended(fork(train.main, changed(args, out=f"runs/term{world}"), world=3 - world))[0] == [0] * (3 - world)
+    children = fork(train.main, changed(args, out="runs/orphan", steps=10000), world=2)
+    wait_for("runs/orphan/log.jsonl")
+    os.kill(children[1], signal.SIGKILL)
+    found["orphan"] = ended(children)
+    bad = changed(args, out="runs/bad_start", data="data/nowhere")
+    found["bad_start"] = ended(fork(train.main, changed(args, out="runs/bad_start"), world=2, rank1=[bad]))
+    return found
+
+
+if __name__ == "__main__":
+    import torch._dynamo  # noqa: F401, which building a model on the meta device imports: once for all
+    print(json.dumps({"equal": equal_mode, "kill": kill_mode, "fault": fault_mode}[sys.argv[1]]()))
