@@ -32,56 +32,57 @@ import model
 import prepare_data
 import sample
 
-# The paper's recipes (A.3, A.8, Table 8, as the release has them; it pushes 64 to 128 fresh samples on each of 16 to 32 hosts).
+# What the paper's recipes share (A.3, A.8, Table 8). They are as the release has them; where each of its 16 to 32 hosts pushes
+# 64 to 128 samples a step, --push is the sum.
 LATENT = dict(stage="generator", data="data/imagenet_latents", encoder=["hf://mae_latent_640"], flip=True)
-PIXEL = dict(stage="generator", data="data/imagenet256", encoder=["hf://mae_pixel_640", "hf://facebook/convnextv2-base-22k-224"],
-             patch_size=16, attn_fp32=True, flip=True, crop_scale=0.2)
-MAE = dict(stage="encoder", data="data/imagenet256", crop_scale=0.2, batch_size=8192, lr=4e-3, warmup=4000, weight_decay=0.01,
+PIXEL = dict(stage="generator", data="data/imagenet256", patch_size=16, attn_fp32=True, flip=True, crop_scale=0.2,
+             encoder=["hf://mae_pixel_640", "hf://facebook/convnextv2-base-22k-224"])
+MAE = dict(stage="encoder", data="data/imagenet256", crop_scale=0.2, batch_size=8192, lr=4e-3, warmup=4000,
            ema_decay=[0.9995])
 
-# What differs from the defaults of the options below. A row ends with what it reached: FID of the paper (of the released weights).
+# What differs from the defaults of the options below. A row ends with what it reached: the paper's FID (the release's).
 PRESETS = {
-    "latent_ablation": LATENT | dict(
+    "latent_ablation": LATENT | dict(encoder=["hf://mae_latent_256"], attn_fp32=True,
         model="B", labels=64,  pos=64,  uncond=16, alpha_power=3, alpha_fixed=0.0, push=1024,
-        lr=2e-4, weight_decay=0.01, warmup=5000,  steps=30000,  encoder=["hf://mae_latent_256"], attn_fp32=True),  # 8.46 (8.49)
+        lr=2e-4, weight_decay=0.01, warmup=5000,  steps=30000),                                                 # 8.46 (8.49)
     "latent_B": LATENT | dict(  # Table 8 has 128 positives
         model="B", labels=128, pos=64,  uncond=32, alpha_power=5, alpha_fixed=0.0, push=2048,
-        lr=4e-4, weight_decay=0.0,  warmup=10000, steps=200000),                                                   # 1.75 (1.74)
+        lr=4e-4, weight_decay=0.0,  warmup=10000, steps=200000),                                                # 1.75 (1.74)
     "latent_L": LATENT | dict(
         model="L", labels=128, pos=64,  uncond=32, alpha_power=3, alpha_fixed=0.5, push=2048,
-        lr=4e-4, weight_decay=0.01, warmup=10000, steps=200000),                                                   # 1.54 (1.53)
+        lr=4e-4, weight_decay=0.01, warmup=10000, steps=200000),                                                # 1.54 (1.53)
     "pixel_B": PIXEL | dict(
         model="B", labels=128, pos=128, uncond=32, alpha_power=5, alpha_fixed=0.0, push=2048,
-        lr=2e-4, weight_decay=0.01, warmup=10000, steps=100000),                                                   # 1.76 (1.73)
+        lr=2e-4, weight_decay=0.01, warmup=10000, steps=100000),                                                # 1.76 (1.73)
     "pixel_L": PIXEL | dict(
         model="L", labels=128, pos=128, uncond=32, alpha_power=5, alpha_fixed=0.0, push=2048,
-        lr=4e-4, weight_decay=0.01, warmup=10000, steps=100000),                                                   # 1.61 (1.62)
-    # Encoders: FID of the ablation recipe in their space (Table 3), and of the rows above.
-    "mae_latent_256": MAE | dict(base_channels=256, steps=30000,  to_latents=True),                                # 8.46 (8.49)
-    "mae_latent_640": MAE | dict(base_channels=640, steps=200000, to_latents=True, cls_steps=3000),                # 3.36 (1.53)
-    "mae_pixel_640":  MAE | dict(base_channels=640, steps=200000, input_patch_size=8, cls_steps=3000),             # 3.70 (1.62)
+        lr=4e-4, weight_decay=0.01, warmup=10000, steps=100000),                                                # 1.61 (1.62)
+    # Encoders: FID of the ablation recipe in their space (Table 3), and (of the release's best rows above).
+    "mae_latent_256": MAE | dict(base_channels=256, steps=30000,  to_latents=True),                             # 8.46 (8.49)
+    "mae_latent_640": MAE | dict(base_channels=640, steps=200000, to_latents=True, cls_steps=3000),             # 3.36 (1.53)
+    "mae_pixel_640":  MAE | dict(base_channels=640, steps=200000, input_patch_size=8, cls_steps=3000),          # 3.70 (1.62)
     "digits_encoder": dict(stage="encoder", data="data/digits", input_patch_size=2, base_channels=64, layers=[1, 1, 1],
                            batch_size=128, steps=400, lr=2e-3, warmup=50, cls_steps=150, cls_ramp=50, ema_decay=[0.99],
                            sample_every=200, save_every=100),
     "digits": dict(stage="generator", data="data/digits", encoder=["digits_encoder"], model="XS", patch_size=4, labels=10,
-                   gen=24, pos=48, uncond=12, alpha_power=2, steps=800, lr=2.5e-3, warmup=30, cooldown=550, ema_decay=[0.99], reals="index",
-                   sample_every=100, save_every=150),
+                   gen=24, pos=48, uncond=12, alpha_power=2, steps=800, lr=2.5e-3, warmup=30, cooldown=550, ema_decay=[0.99],
+                   reals="index", sample_every=100, save_every=150),
     # For one modern GPU and about an hour, by arithmetic; not run yet.
     "cifar10_encoder": dict(stage="encoder", data="data/cifar10", base_channels=64, batch_size=512, steps=8000, lr=1e-3,
                             warmup=500, crop_scale=0.2, cls_steps=3000, ema_decay=[0.999], save_every=2000),
-    "cifar10": dict(stage="generator", data="data/cifar10", encoder=["cifar10_encoder"], model="S", labels=16, gen=64, pos=64,
-                    uncond=16, steps=10000, lr=4e-4, warmup=500, flip=True, ema_decay=[0.999]),
+    "cifar10": dict(stage="generator", data="data/cifar10", encoder=["cifar10_encoder"], model="S", labels=16, gen=64,
+                    pos=64, uncond=16, steps=10000, lr=4e-4, warmup=500, flip=True, ema_decay=[0.999]),
     # For two CPU cores: shows progress, not more.
     "cifar10_cpu_encoder": dict(stage="encoder", data="data/cifar10", input_patch_size=2, base_channels=32, layers=[1, 1, 1],
                                 batch_size=64, steps=400, lr=1e-3, warmup=50, cls_steps=200, cls_ramp=50, ema_decay=[0.99],
                                 sample_every=200, save_every=200),
     "cifar10_cpu": dict(stage="generator", data="data/cifar10", encoder=["cifar10_cpu_encoder"], model="XS", patch_size=4,
-                        labels=4, gen=16, pos=16, uncond=8, push=64, steps=1000, lr=1e-3, warmup=50, flip=True, ema_decay=[0.99],
-                        sample_every=50, save_every=100),
+                        labels=4, gen=16, pos=16, uncond=8, push=64, steps=1000, lr=1e-3, warmup=50, flip=True,
+                        ema_decay=[0.99], sample_every=50, save_every=100),
 }
-# The same global batch, 8 labels at a time on 80 GB: about 30 GB by arithmetic, not run yet.
-PRESETS["latent_ablation_8gpu"] = PRESETS["latent_ablation"] | dict(checkpoint_blocks=True)                        # not run
-PRESETS["latent_ablation_1gpu"] = PRESETS["latent_ablation"] | dict(checkpoint_blocks=True, micro_batches=8)       # not run
+# The same global batch on one node of eight GPUs and on one of 80 GB, 8 labels at a time: about 30 GB by arithmetic.
+PRESETS["latent_ablation_8gpu"] = PRESETS["latent_ablation"] | dict(checkpoint_blocks=True)                     # not run yet
+PRESETS["latent_ablation_1gpu"] = PRESETS["latent_ablation"] | dict(checkpoint_blocks=True, micro_batches=8)    # not run yet
 
 
 def build_parser(preset=None):
@@ -96,10 +97,10 @@ def build_parser(preset=None):
     g.add_argument("--seed", type=int, default=0, help="with the step, all that randomness depends on")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda computes in bfloat16")
     g.add_argument("--compile", action="store_true", help="torch.compile the networks")
-    g.add_argument("--micro_batches", type=int, default=1, help="parts in which a process takes its share of a step: same loss "
-                   "and gradients, less memory; for the generator two more forward passes")
-    g.add_argument("--dry_run", action="store_true", help="a few steps on random data of the recipe's shape, with random encoders: "
-                   "prints parameters, FLOPs, memory, time; reads and writes nothing")
+    g.add_argument("--micro_batches", type=int, default=1, help="parts in which a process takes its share of a step: the "
+                   "same loss and gradients in less memory; the generator then needs two more forward passes")
+    g.add_argument("--dry_run", action="store_true", help="a few steps on random data of the recipe's shape, with random "
+                   "encoders: prints parameters, FLOPs, memory and time; needs no data, writes nothing")
     g.add_argument("--init_from", help="weights to start from: whatever --ckpt of sample.py takes, of the same sizes")
     g.add_argument("--no_converted_copy", action="store_true", help="keep no safetensors copy of published weights")
     g.add_argument("--log_every", type=int, default=10, help="steps between lines of log.jsonl")
@@ -108,8 +109,8 @@ def build_parser(preset=None):
     g.add_argument("--tensorboard", action="store_true", help="log there too, in OUT/ (pip install tensorboard)")
     g.add_argument("--wandb", action="store_true", help="log there too (pip install wandb)")
     g = parser.add_argument_group("real images")
-    g.add_argument("--crop_scale", type=float, default=1.0, help="random resized crops of at least this area (paper, pixels: 0.2)")
-    g.add_argument("--vae", default="hf://stabilityai/sd-vae-ft-mse", help="encoder and decoder of latents, here or on the Hub")
+    g.add_argument("--crop_scale", type=float, default=1.0, help="random resized crops of at least this area (paper: 0.2)")
+    g.add_argument("--vae", default="hf://stabilityai/sd-vae-ft-mse", help="between pixels and latents, here or on the Hub")
     g.add_argument("--vae_chunk", type=int, default=16, help="images in it at a time: bounds its memory")
     g = parser.add_argument_group("optimisation (Table 8)")
     g.add_argument("--steps", type=int, default=30000, help="length of the run")
@@ -118,24 +119,24 @@ def build_parser(preset=None):
     g.add_argument("--cooldown", type=int, default=0, help="last steps, in which the rate falls linearly to zero")
     g.add_argument("--weight_decay", type=float, default=0.01, help="on all parameters")
     g.add_argument("--clip", type=float, default=2.0, help="largest norm of the gradient")
-    g.add_argument("--ema_decay", type=float, nargs="+", default=[0.999], help="of the averaged weights: those of the first are "
-                   "used, those of others are kept beside, in step_*/ema_DECAY")
-    g.add_argument("--max_bad_steps", type=int, default=10, help="steps in a row, skipped for a loss or gradient that is not "
-                   "finite, after which the run stops")
+    g.add_argument("--ema_decay", type=float, nargs="+", default=[0.999], help="of the averaged weights: the first are "
+                   "those used, others are kept beside them in step_*/ema_DECAY")
+    g.add_argument("--max_bad_steps", type=int, default=10, help="skipped steps in a row, for a loss or gradient that "
+                   "is not finite, after which the run stops")
     g = parser.add_argument_group("stage encoder (A.3)")
     g.add_argument("--base_channels", type=int, default=256, help="width of the first stage; doubles at each stage")
     g.add_argument("--layers", type=int, nargs="+", default=[3, 4, 6, 3], help="residual blocks of each stage")
     g.add_argument("--input_patch_size", type=int, default=1, help="pixel models patchify first (256 pixels: 8)")
     g.add_argument("--batch_size", type=int, default=8192, help="images a step, over all processes")
-    g.add_argument("--to_latents", action="store_true", help="encode the crops of --data's pixels by --vae: an encoder of latents")
+    g.add_argument("--to_latents", action="store_true", help="encode crops of pixels by --vae: an encoder of latents")
     g.add_argument("--cls_steps", type=int, default=0, help="last steps, which fine-tune with a classifier")
     g.add_argument("--cls_weight", type=float, default=0.1, help="lam of loss = lam CE + (1 - lam) reconstruction")
     g.add_argument("--cls_ramp", type=int, default=1000, help="steps in which lam rises from 0")
     g = parser.add_argument_group("stage generator (A.8)")
-    g.add_argument("--encoder", nargs="+", help="whose features samples drift in, one or several: a run, checkpoint or artifact "
-                   "folder, hf://..., or a preset (then runs/PRESET, trained first where it is missing)")
-    g.add_argument("--pixel_encoder", action="store_true", help="of a generator of latents: the encoder sees decoded samples, "
-                   "gradients pass through the decoder (sec. 4)")
+    g.add_argument("--encoder", nargs="+", help="whose features samples drift in, one or several: a run, checkpoint or "
+                   "artifact folder, hf://..., or a preset (then runs/PRESET, trained first where it is missing)")
+    g.add_argument("--pixel_encoder", action="store_true", help="of a generator of latents: the encoder sees decoded "
+                   "samples, gradients pass through the decoder (sec. 4)")
     g.add_argument("--model", choices=model.GENERATOR_SIZES, default="B", help="size of the generator")
     g.add_argument("--patch_size", type=int, default=2, help="of the generator's tokens")
     g.add_argument("--attn_fp32", action="store_true", help="attention in float32")
@@ -206,20 +207,20 @@ class EncoderStage:
         parts, h = world_size() * args.micro_batches, data.shape[1] // (8 if args.to_latents else 1)
         factor = args.input_patch_size * 2 ** (len(args.layers) - 1)
         if args.batch_size % parts or h % factor or h // args.input_patch_size % 2:
-            raise ValueError(f"--batch_size must be divisible by {parts} (processes times --micro_batches), and images of {h} "
-                             f"pixels by {factor} and twice --input_patch_size")
+            raise ValueError(f"--batch_size must be divisible by {parts} (processes times --micro_batches), and images of "
+                             f"{h} pixels by {factor} and twice --input_patch_size")
         self.latents = data.meta["kind"] == "latents"
         if self.latents and (args.to_latents or args.crop_scale < 1):
-            raise ValueError(f"{args.data} holds latents: --to_latents and --crop_scale are for pixels, since images are cropped "
-                             "before they are encoded (A.3)")
+            raise ValueError(f"{args.data} holds latents: --to_latents and --crop_scale are for pixels, since images are "
+                             "cropped before they are encoded (A.3)")
         self.net = self.network(args, data)
         self.forward = torch.compile(self.net) if args.compile else self.net
         self.vae = open_vae(args) if args.to_latents else None
 
     @staticmethod
     def network(args, data):
-        return model.MAE(in_channels=4 if args.to_latents else data.shape[0], base_channels=args.base_channels, layers=args.layers,
-                         input_patch_size=args.input_patch_size, num_classes=data.num_classes)
+        return model.MAE(in_channels=4 if args.to_latents else data.shape[0], base_channels=args.base_channels,
+                         layers=args.layers, input_patch_size=args.input_patch_size, num_classes=data.num_classes)
 
     def batch(self, step):
         """This process's images (or latents, then each drawn from a stream of its own), labels and masks of a step."""
@@ -240,7 +241,8 @@ class EncoderStage:
             x = crop_resize(x, crops[mine], flips[mine])
         if self.vae:
             mean, std = self.vae.encode(x)
-            x = mean + std * torch.stack([torch.from_numpy(s.standard_normal(mean.shape[1:], np.float32)) for s in streams]).to(std)
+            noise = np.stack([stream.standard_normal(mean.shape[1:], np.float32) for stream in streams])
+            x = mean + std * torch.from_numpy(noise).to(std)
         return x, torch.from_numpy(self.data.labels[ids[mine]]), mask[mine]
 
     def backward(self, step):
@@ -275,8 +277,8 @@ class GeneratorStage:
     def __init__(self, args, data):
         self.args, self.data = args, data
         if args.labels % (world_size() * args.micro_batches):
-            raise ValueError(f"--labels {args.labels} must be divisible by {world_size() * args.micro_batches}, the number of "
-                             "processes times --micro_batches")
+            raise ValueError(f"--labels {args.labels} must be divisible by {world_size() * args.micro_batches}, the number "
+                             "of processes times --micro_batches")
         if data.count.min() < args.pos or len(data) < args.uncond:
             raise ValueError(f"--pos {args.pos}: class {data.meta['classes'][data.count.argmin()]} of {args.data} has "
                              f"{data.count.min()} images")
@@ -284,7 +286,8 @@ class GeneratorStage:
             raise ValueError(f"--pos {args.pos}: a class's queue holds 128; use --reals index")
         c, latents = data.shape[0], data.meta["kind"] == "latents"
         if (args.pixel_encoder and not latents) or (args.crop_scale < 1 and latents):
-            raise ValueError(f"{args.data} holds {data.meta['kind']}: --pixel_encoder is for latents, --crop_scale for pixels")
+            raise ValueError(f"{args.data} holds {data.meta['kind']}: --pixel_encoder is for latents, --crop_scale for "
+                             "pixels")
         self.net = self.network(args, data)
         self.net.checkpoint_blocks = args.checkpoint_blocks
         self.vae = open_vae(args) if latents and (args.pixel_encoder or not args.dry_run) else None
@@ -474,7 +477,8 @@ def main(argv):
     net, cuda = stage.net.to(args.device).train(), torch.device(args.device).type == "cuda"
     emas = [copy.deepcopy(net).eval().requires_grad_(False) for _ in args.ema_decay]
     params, ema_params = list(net.parameters()), [list(ema.parameters()) for ema in emas]
-    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=args.weight_decay, fused=cuda or None)
+    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=args.weight_decay,
+                                  fused=cuda or None)  # on a GPU, for `step_unless`
     bad_steps = torch.zeros(2, dtype=torch.long, device=args.device)  # in a row, in all
     stop = Stop()
 
@@ -515,8 +519,9 @@ def main(argv):
         values, status = update(step)
         done, (stopping, bad_in_row), before = step + 1, before(), status  # of the step before, which is over by now
         if bad_in_row >= args.max_bad_steps:
-            raise ValueError(f"step {step}: loss or gradient was not finite {bad_in_row:.0f} times in a row; nothing of it was kept. "
-                             f"The last checkpoint is {model.latest_checkpoint(out)}: lower --lr or raise --warmup, and run again")
+            raise ValueError(f"step {step}: loss or gradient was not finite {bad_in_row:.0f} times in a row, and nothing of that "
+                             f"was kept. The last checkpoint is {model.latest_checkpoint(out)}: lower --lr or raise "
+                             "--warmup, and run again")
         if done % args.log_every == 0 or done in (1, args.steps):
             values = {key: mean_over_processes(value, args.device) for key, value in values.items()}
             if main_process:
@@ -547,13 +552,15 @@ class Evaluator:
     def __init__(self, args, vae, log):
         import fid
         self.fid, self.args, self.vae, self.log, self.best = fid, args, vae, log, Path(args.out) / "best"
-        if get_rank() == 0 and not self.best.exists() and self.best.with_suffix(".old").exists():  # killed between two renames
-            self.best.with_suffix(".old").rename(self.best)
+        old = self.best.with_suffix(".old")
+        if get_rank() == 0 and old.exists() and not self.best.exists():  # killed between two renames
+            old.rename(self.best)
         self.extractor = fid.load_extractor(args.eval_features, device=args.device)
         self.reference = fid.open_reference(self.extractor, args.eval_ref, None if args.eval_ref else args.data)
 
     def __call__(self, ema, step, num_images):
-        row = self.fid.evaluate(self.fid.generated(ema, seed=self.args.seed, vae=self.vae), num_images, self.extractor, self.reference)
+        images = self.fid.generated(ema, seed=self.args.seed, vae=self.vae)
+        row = self.fid.evaluate(images, num_images, self.extractor, self.reference)
         if get_rank() > 0:
             return
         self.log({"step": step, **row})
@@ -587,9 +594,9 @@ def learning_rate(step, args):
 
 
 def average(params, loss, stopping):
-    """Data parallelism: every process has the mean over its share, the step needs their mean. Gradients are averaged in place.
+    """Data parallelism: every process has the mean over its share, the step needs the mean of those.
 
-    They are so once a step, after its last micro-batch. Returns the means of the loss and of the flag, on the device.
+    Gradients are averaged in place, once a step, after its last micro-batch. Returns the means of loss and flag.
     """
     status = torch.stack([loss.double(), torch.full_like(loss, float(stopping), dtype=torch.float64)])
     if world_size() > 1:
@@ -600,7 +607,7 @@ def average(params, loss, stopping):
 
 
 def step_unless(bad, optimizer):
-    """optimizer.step(), unless `bad`, a tensor on the device, is true: then weights, moments and their age stay as they are."""
+    """optimizer.step(), unless `bad`, a tensor on the device, is true: then weights and moments stay as they are."""
     if bad.is_cuda:  # its fused kernel looks itself; to look here would stop the CPU until the GPU has caught up
         optimizer.found_inf = bad.float()
         optimizer.step()
@@ -609,7 +616,7 @@ def step_unless(bad, optimizer):
 
 
 def read_later(values):
-    """A function that returns these numbers; on a GPU it waits until they are there, but not for what was queued after them."""
+    """A function that returns these numbers; it waits for the GPU to compute them, not for what was queued later."""
     copy = values.to("cpu", non_blocking=True)
     if not values.is_cuda:
         return copy.tolist
@@ -652,10 +659,11 @@ def open_log(args, num_params, data, start):
             board = SummaryWriter(args.out)
         if args.wandb:
             import wandb
-            run = wandb.init(project="drifting", id=args.out.strip("/.").replace("/", "-"), resume="allow", config=vars(args))
+            name = args.out.strip("/.").replace("/", "-")
+            run = wandb.init(project="drifting", id=name, resume="allow", config=vars(args))
     except ImportError as error:
-        raise ValueError(f"--tensorboard and --wandb need packages of these names, which nothing else here does ({error}): pip "
-                         "install them, or leave the option away") from None
+        raise ValueError(f"--tensorboard and --wandb need the packages of these names ({error}): pip install them, or leave "
+                         "the option away") from None
     out.mkdir(parents=True, exist_ok=True)
     print_options(args, num_params, data, start)
 
@@ -708,9 +716,8 @@ def open_vae(args):
     if not args.dry_run:
         return model.load_vae(args.vae, args.device, args.vae_chunk, args.compile)
     from diffusers import AutoencoderKL
-    sizes = (128, 256, 512, 512)  # of the SD-VAE
-    net = AutoencoderKL(block_out_channels=sizes, layers_per_block=2, latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 4,
-                        up_block_types=("UpDecoderBlock2D",) * 4)
+    net = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,  # the SD-VAE's sizes
+                        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
     return model.VAE(net, args.vae_chunk, args.compile).to(args.device)
 
 
@@ -729,17 +736,18 @@ def dry_run(args, stage, update):
         update(step)[1]()
     seconds, flops = time.time() - began, counter.get_total_flops()
     memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    names, encoders = getattr(args, "encoder", ()), getattr(stage, "encoders", ())
     log_line(f"parameters: {args.stage} {millions(stage.net):.1f}M" + "".join(
-        f", {name} {millions(encoder):.1f}M" for name, encoder in zip(getattr(args, "encoder", ()), getattr(stage, "encoders", ()))))
+        f", {name} {millions(encoder):.1f}M" for name, encoder in zip(names, encoders)))
     log_line(f"a step: {flops * world_size() / 1e12:.4g} TFLOP over {world_size()} process(es), {seconds:.3g} s, "
-             f"{flops / seconds / 1e12:.3g} TFLOP/s each; the drawing of random reals is in it, the reading of real ones is not")
+             f"{flops / seconds / 1e12:.3g} TFLOP/s each; random reals are drawn in it, real ones are not read")
     log_line(f"memory of a process: {memory / 1e9:.2f} GB " + ("on the GPU at most" if cuda else "resident at most"))
     log_line(f"{args.steps} steps: {seconds * args.steps / 3600:.2f} h, without pictures, evaluations and checkpoints")
 
 
 # ------------------------------------------------------------------------------------------------------------------
 # Checkpoints: OUT/step_N/ is config.json + model.safetensors (EMA, loads anywhere), ema_DECAY/ of the other averages alike,
-# train_state.safetensors (the rest), and SHA256SUMS (as sha256sum --check reads it)
+# train_state.safetensors (the rest), and SHA256SUMS (for `sha256sum --check`)
 
 def save_checkpoint(out, step, args, net, emas, optimizer, bad_steps, stage):
     """Written under a temporary name, synced, renamed: a folder called step_N is whole. The last two are kept."""
@@ -772,6 +780,7 @@ def save_checkpoint(out, step, args, net, emas, optimizer, bad_steps, stage):
 
 
 def checkpoints(out):
+    """Newest first."""
     return sorted(out.glob("step_" + "[0-9]" * 8), reverse=True)
 
 
@@ -791,7 +800,7 @@ def sync(path):
 
 
 def whole_checkpoint(out):
-    """The newest checkpoint whose files are those that were written, or None. A damaged one gets another name, and a line."""
+    """The newest checkpoint whose files are those that were written, or None. A damaged one is renamed, and named."""
     for folder in checkpoints(out) if get_rank() == 0 else ():
         try:
             wrong = [name for digest, name in map(str.split, (folder / "SHA256SUMS").read_text().splitlines())
@@ -804,7 +813,7 @@ def whole_checkpoint(out):
         shutil.rmtree(folder.with_suffix(".damaged"), ignore_errors=True)
         folder.rename(folder.with_suffix(".damaged"))
     if list(out.glob("step_*.damaged")):
-        raise ValueError(f"{out} holds no whole checkpoint, only damaged ones: remove them, and the run starts from the beginning")
+        raise ValueError(f"{out} holds no whole checkpoint, only damaged ones: remove them, and the run starts at step 0")
 
 
 def load_checkpoint(folder, args, net, emas, optimizer, bad_steps, stage):
@@ -821,7 +830,7 @@ def load_checkpoint(folder, args, net, emas, optimizer, bad_steps, stage):
             log_line(f"resuming {args.out} with --{key} {now[key]}, before {before.get(key)}")
     places = ema_folders(folder, args)
     if not all(place.is_dir() for place in places):
-        raise ValueError(f"{folder} has no averages of --ema_decay {args.ema_decay}, but of {before.get('ema_decay')}: resume with those")
+        raise ValueError(f"{folder} has no averages of --ema_decay {args.ema_decay}: resume with {before.get('ema_decay')}")
     state = load_file(folder / "train_state.safetensors", device=args.device)
     part = lambda prefix: {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}  # noqa: E731
     try:

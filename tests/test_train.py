@@ -238,6 +238,142 @@ def test_options_that_would_be_ignored_are_errors(args, message, capsys):
     assert message in capsys.readouterr().err
 
 
+# METHOD's table: model, labels, G, N_pos, N_unc, alpha's power and fixed share, lr, weight decay, warm-up, steps, float32
+# attention, millions of parameters; then the encoders: width, stages, steps, classifier steps.
+PAPER = {
+    "latent_ablation": ("B", 64, 64, 64, 16, 3, 0, 2e-4, 0.01, 5000, 30000, True, 133),
+    "latent_B": ("B", 128, 64, 64, 32, 5, 0, 4e-4, 0, 10000, 200000, False, 133),
+    "latent_L": ("L", 128, 64, 64, 32, 3, 0.5, 4e-4, 0.01, 10000, 200000, False, 463),
+    "pixel_B": ("B", 128, 64, 128, 32, 5, 0, 2e-4, 0.01, 10000, 100000, True, 134),
+    "pixel_L": ("L", 128, 64, 128, 32, 5, 0, 4e-4, 0.01, 10000, 100000, True, 464),
+}
+PAPER_ENCODERS = {"mae_latent_256": (256, 30000, 0, 4), "mae_latent_640": (640, 200000, 3000, 4), "mae_pixel_640": (640, 200000, 3000, 3)}
+
+
+def test_presets_are_the_papers_recipes():
+    for name, row in PAPER.items():
+        args = train.parse(["--preset", name])
+        assert (args.model, args.labels, args.gen, args.pos, args.uncond, args.alpha_power, args.alpha_fixed, args.lr,
+                args.weight_decay, args.warmup, args.steps, args.attn_fp32) == row[:-1], name
+        assert (args.clip, args.ema_decay, args.reals, args.flip) == (2.0, [0.999], "queue", True)
+        assert args.crop_scale == (0.2 if name.startswith("pixel") else 1)
+        with torch.device("meta"):
+            net = train.GeneratorStage.network(args, train.RandomData(args.data))
+        assert round(sum(p.numel() for p in net.parameters()) / 1e6) == row[-1]
+        assert (net.input_size // net.patch_size) ** 2 == 256
+        for encoder in args.encoder:  # what a dry run builds has the published sizes
+            with torch.device("meta"):
+                net = train.random_encoder(encoder, train.RandomData(args.data))
+            if "mae" in encoder:
+                del net.decoder, net.fc
+            assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(
+                {"hf://mae_latent_256": 340, "hf://mae_latent_640": 2126, "hf://mae_pixel_640": 2127}.get(encoder, 87.7), abs=0.6)
+    for name, row in PAPER_ENCODERS.items():
+        args = train.parse(["--preset", name])
+        with torch.device("meta"):
+            net = train.EncoderStage.network(args, train.RandomData(args.data))
+        assert (args.base_channels, args.steps, args.cls_steps, net.in_channels) == row and args.layers == [3, 4, 6, 3]
+        assert (args.batch_size, args.lr, args.warmup, args.weight_decay, args.clip, args.ema_decay, args.crop_scale) == (
+            8192, 4e-3, 4000, 0.01, 2.0, [0.9995], 0.2)
+    for name, parts in (("latent_ablation_8gpu", 1), ("latent_ablation_1gpu", 8)):  # the recipe itself, differently cut
+        args, recipe = (vars(train.parse(["--preset", preset])) for preset in (name, "latent_ablation"))
+        assert {key for key in args if args[key] != recipe[key]} <= {"preset", "out", "micro_batches", "checkpoint_blocks"}
+        assert args["micro_batches"] == parts and args["checkpoint_blocks"]
+
+
+def test_dry_run(tmp_path, monkeypatch, capsys):
+    """It needs no data and writes nothing; its FLOPs are those counted by hand."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(model.GENERATOR_SIZES, "XS", dict(hidden_size=32, depth=1, num_heads=2, n_cls_tokens=2))
+    words = ["--preset", "digits", "--dry_run", "--device", "cpu", "--labels", "2", "--gen", "4"]
+    flops = []
+    for more in ([], ["--checkpoint_blocks"]):
+        train.main([*words, *more])
+        said = capsys.readouterr().out
+        assert "parameters: generator 0." in said and "digits_encoder 1.2M" in said and "800 steps: 0." in said
+        assert "GB resident at most" in said
+        flops.append(float(said.split("a step: ")[1].split()[0]) * 1e12)
+    args = train.parse(words)
+    net = train.GeneratorStage.network(args, train.RandomData(args.data))
+    counts = []
+    for module in (net.blocks, net):  # every linear map: 2 FLOP a weight and token forward, 4 backward
+        with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+            x = (torch.randn(8, 6, 32), torch.randn(8, 32), net.rope) if module is net.blocks else (
+                torch.randn(8, 1, 8, 8), torch.arange(8), torch.ones(8), torch.zeros(8, 32, dtype=torch.long))
+            (net.blocks[0] if module is net.blocks else net)(*x)
+        counts.append(counter.get_total_flops())
+    assert flops[1] > flops[0] > 3 * counts[1] > 3 * counts[0]
+    assert not list(tmp_path.iterdir())
+    for bad, message in ((["--data", "data/mine"], "knows what is in"), (["--encoder", "mine"], "knows the sizes")):
+        with pytest.raises(ValueError, match=message):
+            train.main([*words, *bad])
+    with pytest.raises(ValueError, match="holds latents: .*--crop_scale for pixels"):
+        train.main(["--preset", "latent_B", "--dry_run", "--crop_scale", "0.5"])
+
+
+def test_networks_compile_without_graph_breaks():
+    net = model.Generator(8, 1, patch_size=4, num_classes=10, hidden_size=32, depth=1, num_heads=2, n_cls_tokens=2).train()
+    inputs = torch.randn(4, 1, 8, 8), torch.arange(4), torch.ones(4), torch.zeros(4, 32, dtype=torch.long)
+    mae, convnext = model.MAE(1, 16, (2, 1), num_classes=10).eval(), model.ConvNeXtV2((1, 1, 1, 1), (8, 16, 32, 64)).eval()
+    image = torch.randn(2, 3, 32, 32)
+    for function, args in ((net.forward, inputs), (mae.features, inputs[:1]), (convnext.features, (image,))):
+        for checkpointed in (False, True) if function == net.forward else (False,):
+            net.checkpoint_blocks = checkpointed
+            torch._dynamo.reset()
+            found = torch._dynamo.explain(function)(*args)
+            assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
+    torch._dynamo.reset()
+
+
+def test_several_averages(home):
+    """Each is what a run with that decay alone has, at every resume; the first is what others read."""
+    args = changed(GENERATOR, cooldown=0)
+    for decay in ("0.3", "0.4"):
+        train.main([*changed(args, out=f"runs/ema_{decay}"), "--ema_decay", decay])
+    both = [*changed(args, out="runs/ema_both"), "--ema_decay", "0.3", "0.4"]
+    train.main(changed(both, steps=3))
+    train.main(both)
+    for run, folder in (("ema_0.3", ""), ("ema_0.4", "/ema_0.4")):
+        wanted = model.load_generator(f"runs/{run}").state_dict()
+        found = model.load_generator(f"runs/ema_both/step_00000006{folder}").state_dict()
+        assert all(torch.equal(value, found[name]) for name, value in wanted.items())
+    assert not torch.equal(wanted["pos_embed"], model.load_generator("runs/ema_both").state_dict()["pos_embed"])
+    with pytest.raises(ValueError, match="has no averages of --ema_decay.*resume with"):
+        train.main([*changed(both, steps=8), "--ema_decay", "0.3", "0.5"])
+
+
+def test_logging_elsewhere_is_asked_for(home, monkeypatch):
+    """A clear line without the package; with it, the figures of log.jsonl."""
+    args, board = changed(GENERATOR, out="runs/logged", steps=2), []
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    for flag in ("--wandb", "--tensorboard"):
+        with pytest.raises(ValueError, match="need the packages of these names.*pip install"):
+            train.main([*args, flag])
+    run = types.SimpleNamespace(log=lambda figures, step: board.append((step, figures)))
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **kwargs: run))
+    writer = types.SimpleNamespace(add_scalar=lambda key, value, step: board.append((step, key, value)))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=lambda folder: writer))
+    train.main([*args, "--wandb", "--tensorboard"])
+    for line in log("runs/logged"):
+        step = line.pop("step")
+        assert (step, line) in board and (step, "loss", line["loss"]) in board
+
+
+def test_pixel_reals_are_cropped_and_mirrored(home):
+    """--crop_scale in the generator's stage: other views of the same images, within [-1, 1], generated noise untouched."""
+    data = prepare_data.Dataset("data/digits")
+    drawn = {}
+    for scale in (1, 0.2):
+        args = train.parse([*changed(GENERATOR, crop_scale=scale, device="cpu"), "--flip"])
+        drawn[scale] = train.GeneratorStage(args, data).batch(0)
+    plain, cropped = drawn[1], drawn[0.2]
+    assert all(torch.equal(a, b) for a, b in zip(plain[:4], cropped[:4]))
+    assert cropped[4].shape == plain[4].shape and cropped[4].abs().max() <= 1
+    distance = (cropped[4] - plain[4]).square().mean((1, 2, 3))
+    assert (distance > 1e-3).float().mean() > 0.9  # nearly all differ
+
+
 def test_presets_are_made_of_options():
     for name, preset in train.PRESETS.items():
         args = vars(train.parse(["--preset", name]))
