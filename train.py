@@ -32,8 +32,8 @@ import model
 import prepare_data
 import sample
 
-# What the paper's recipes share (A.3, A.8, Table 8). They are as the release has them; where each of its 16 to 32 hosts pushes
-# 64 to 128 samples a step, --push is the sum.
+# What the paper's recipes share (A.3, A.8, Table 8). They are as the release has them; where each of its 16 to 32 hosts
+# pushes 64 to 128 samples a step, --push is the sum.
 LATENT = dict(stage="generator", data="data/imagenet_latents", encoder=["hf://mae_latent_640"], flip=True)
 PIXEL = dict(stage="generator", data="data/imagenet256", patch_size=16, attn_fp32=True, flip=True, crop_scale=0.2,
              encoder=["hf://mae_pixel_640", "hf://facebook/convnextv2-base-22k-224"])
@@ -222,19 +222,18 @@ class EncoderStage:
         return model.MAE(in_channels=4 if args.to_latents else data.shape[0], base_channels=args.base_channels,
                          layers=args.layers, input_patch_size=args.input_patch_size, num_classes=data.num_classes)
 
-    def batch(self, step):
-        """This process's images (or latents, then each drawn from a stream of its own), labels and masks of a step."""
-        args, n = self.args, self.args.batch_size
+    def batch(self, step, most=None):
+        """This process's images, labels and masks of a step, or the first few. Latents are drawn anew, each from a stream."""
+        args, n, share = self.args, self.args.batch_size, self.args.batch_size // world_size()
         rng = np.random.default_rng([args.seed, step])
         ids = self.data.fresh(step * n, n, args.seed)
         crops, flips = random_crops(n, args.crop_scale, rng), rng.random(n) < (0.5 if args.crop_scale < 1 else 0)
         grid = self.data.shape[1] // (8 if self.vae else 1) // args.input_patch_size // self.net.patch_size
         mask = torch.from_numpy((rng.random((n, grid, grid)) < 0.5).astype(np.float32))
-        mine = range(n)[n // world_size() * get_rank():][:n // world_size()]
-        streams = [np.random.default_rng([args.seed, step, i]) for i in mine if self.vae or self.latents]
-        mine = slice(mine.start, mine.stop)
+        mine = np.arange(share * get_rank(), share * (get_rank() + 1))[:most]
+        streams = [np.random.default_rng([args.seed, step, i]) for i in mine]
         if self.latents:
-            x = torch.cat([self.data.batch([i], stream, True) for i, stream in zip(ids[mine], streams)])
+            x = torch.cat([self.data.batch(ids[[i]], stream, flip=True) for i, stream in zip(mine, streams)])
         else:
             x = self.data.batch(ids[mine]).to(args.device)
         if args.crop_scale < 1:
@@ -262,7 +261,7 @@ class EncoderStage:
 
     def preview(self, ema):
         """Pictures of a few images: as they are, with half hidden, and reconstructed. Returns uint8 images, columns."""
-        x, labels, mask = (t[:10].to(self.args.device) for t in self.batch(0))
+        x, labels, mask = (t.to(self.args.device) for t in self.batch(0, most=10))
         recon = ema(x, mask, labels)[0]
         p = ema.input_patch_size
         recon = rearrange(recon, "n (p q c) h w -> n c (h p) (w q)", p=p, q=p)
@@ -519,9 +518,9 @@ def main(argv):
         values, status = update(step)
         done, (stopping, bad_in_row), before = step + 1, before(), status  # of the step before, which is over by now
         if bad_in_row >= args.max_bad_steps:
-            raise ValueError(f"step {step}: loss or gradient was not finite {bad_in_row:.0f} times in a row, and nothing of that "
-                             f"was kept. The last checkpoint is {model.latest_checkpoint(out)}: lower --lr or raise "
-                             "--warmup, and run again")
+            raise Shared(f"step {step}: loss or gradient was not finite {bad_in_row:.0f} times in a row; nothing of it was "
+                         f"kept. The last checkpoint is {model.latest_checkpoint(out)}: lower --lr or raise --warmup, and "
+                         "run again")
         if done % args.log_every == 0 or done in (1, args.steps):
             values = {key: mean_over_processes(value, args.device) for key, value in values.items()}
             if main_process:
@@ -668,10 +667,10 @@ def open_log(args, num_params, data, start):
     print_options(args, num_params, data, start)
 
     def log(line):
-        line = {key: value if math.isfinite(value) else None for key, value in line.items()}  # NaN is no JSON
+        line = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()}
         with open(out / "log.jsonl", "a") as f:
             f.write(json.dumps(line) + "\n")
-        figures = {key: value for key, value in line.items() if key != "step" and value is not None}
+        figures = {key: value for key, value in line.items() if key != "step" and isinstance(value, (int, float))}
         for key, value in figures.items() if board else ():
             board.add_scalar(key, value, line["step"])
         if run:
