@@ -80,7 +80,7 @@ PRESETS = {
                         labels=4, gen=16, pos=16, uncond=8, push=64, steps=1000, lr=1e-3, warmup=50, flip=True,
                         ema_decay=[0.99], sample_every=50, save_every=100),
 }
-# The same global batch on one node of eight GPUs and on one of 80 GB, 8 labels at a time: about 30 GB by arithmetic.
+# The same global batch on one node of eight GPUs and on one of 80 GB, 8 labels at a time: about 35 GB by arithmetic.
 PRESETS["latent_ablation_8gpu"] = PRESETS["latent_ablation"] | dict(checkpoint_blocks=True)                     # not run yet
 PRESETS["latent_ablation_1gpu"] = PRESETS["latent_ablation"] | dict(checkpoint_blocks=True, micro_batches=8)    # not run yet
 
@@ -223,7 +223,7 @@ class EncoderStage:
                          layers=args.layers, input_patch_size=args.input_patch_size, num_classes=data.num_classes)
 
     def batch(self, step, most=None):
-        """This process's images, labels and masks of a step, or the first few. Latents are drawn anew, each from a stream."""
+        """This process's images, labels and masks of a step, or the first few. Latents are drawn, each from a stream."""
         args, n, share = self.args, self.args.batch_size, self.args.batch_size // world_size()
         rng = np.random.default_rng([args.seed, step])
         ids = self.data.fresh(step * n, n, args.seed)

@@ -119,6 +119,21 @@ def test_sigterm_dead_ranks_and_bad_starts(home):
     assert errors.count("data/nowhere/train: no prepared data there") == 2  # both processes know why
 
 
+def test_sigterm_during_an_evaluation_ends_at_once():
+    """It takes minutes and follows a checkpoint; before and after it, the signal is only noted."""
+    stop = train.Stop()
+    with stop.saved():
+        pass
+    assert not stop.asked
+    with pytest.raises(SystemExit), stop.saved():
+        stop(signal.SIGTERM, None)
+    stop = train.Stop()
+    stop(signal.SIGTERM, None)
+    assert stop.asked
+    with pytest.raises(SystemExit), stop.saved():
+        raise AssertionError("the evaluation began")
+
+
 def test_processes_and_micro_batches_train_what_one_pass_does(home):
     """1, 2 and 4 gloo processes, each with 1, 2 and 4 micro-batches: the loss, its gradient, 20 steps."""
     script("equal")
