@@ -449,10 +449,14 @@ def test_damaged_checkpoints_are_recognised_and_the_one_before_is_used(home, cap
     def truncated(data):
         return data[:5000]
 
+    def emptied(data):
+        return b""
+
     def flipped(data):
         return data[:-3] + bytes([data[-3] ^ 4]) + data[-2:]
 
-    for name, damage in (("model.safetensors", truncated), ("train_state.safetensors", flipped), ("SHA256SUMS", flipped)):
+    for name, damage in (("model.safetensors", truncated), ("train_state.safetensors", flipped), ("SHA256SUMS", flipped),
+                         ("SHA256SUMS", emptied)):
         file = home / "runs/damaged/step_00000006" / name
         file.write_bytes(damage(file.read_bytes()))
         train.main(args)
