@@ -107,7 +107,7 @@ def test_sigterm_dead_ranks_and_bad_starts(home):
     for world in (1, 2):  # one process was told; all save the same step, within seconds, and end without an error
         codes, seconds = found[f"term{world}"]
         assert codes == [0] * world and seconds < 5
-        assert len(found[f"saved{world}"]) == 1 and not found[f"saved{world}"][0].endswith("40")
+        assert len(found[f"saved{world}"]) == 1 and int(found[f"saved{world}"][0][-8:]) < 40
         resumed = weights(f"runs/term{world}", 40)  # on another number of processes
         flat = [torch.cat([v.flatten() for k, v in w.items() if k.startswith("net.")]) for w in (calm, resumed)]
         assert relative_error(flat[1], flat[0]) < 1e-2
@@ -803,9 +803,8 @@ def fault_mode():
     found, args = {}, changed(TINY, steps=40)
     assert ended(fork(train.main, changed(args, out="runs/calm40")))[0] == [0]
     for world in (1, 2):
-        children = fork(train.main, changed(args, out=f"runs/term{world}"), world=world)
+        children = fork(train.main, changed(args, out=f"runs/term{world}", steps=10000), world=world)
         wait_for(f"runs/term{world}/log.jsonl")
-        time.sleep(0.1)
         os.kill(children[-1], signal.SIGTERM)
         found[f"term{world}"] = ended(children)
         found[f"saved{world}"] = sorted(glob.glob(f"runs/term{world}/step_*"))
