@@ -134,9 +134,11 @@ class Dataset:
         ids = []
         while n > 0:
             epoch, offset = divmod(start, len(self))
-            if self._epoch[0] != (seed, epoch):
-                self._epoch = (seed, epoch), np.random.default_rng([seed, epoch]).permutation(len(self))
-            ids.append(self._epoch[1][offset:offset + n])
+            known, order = self._epoch  # both at once: another thread may draw from another epoch
+            if known != (seed, epoch):
+                order = np.random.default_rng([seed, epoch]).permutation(len(self))
+                self._epoch = (seed, epoch), order
+            ids.append(order[offset:offset + n])
             start, n = start + len(ids[-1]), n - len(ids[-1])
         return np.concatenate(ids)
 

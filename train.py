@@ -3,16 +3,21 @@
     python train.py --preset digits                                    # data, encoder, generator: minutes on a laptop
     torchrun --nproc_per_node 8 train.py --preset cifar10              # the same script on any number of processes
     python train.py --preset digits --gen 32 --out runs/more_samples   # a preset, changed
+    python train.py --preset latent_L --dry_run                        # a step on random data: memory, FLOPs, hours
 
 OUT/ gets step_*/ (EMA weights that sample.py and others load, and all that resuming needs), samples_*.png, log.jsonl and
 options.json. The same command again resumes. What a step draws depends on (seed, step) alone, not on the processes.
 """
 import argparse
+import contextlib
 import copy
+import datetime
+import hashlib
 import json
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -27,27 +32,57 @@ import model
 import prepare_data
 import sample
 
-# What differs from the defaults of the options below. A row ends with what it reached.
+# What the paper's recipes share (A.3, A.8, Table 8). They are as the release has them; where each of its 16 to 32 hosts
+# pushes 64 to 128 samples a step, --push is the sum.
+LATENT = dict(stage="generator", data="data/imagenet_latents", encoder=["hf://mae_latent_640"], flip=True)
+PIXEL = dict(stage="generator", data="data/imagenet256", patch_size=16, attn_fp32=True, flip=True, crop_scale=0.2,
+             encoder=["hf://mae_pixel_640", "hf://facebook/convnextv2-base-22k-224"])
+MAE = dict(stage="encoder", data="data/imagenet256", crop_scale=0.2, batch_size=8192, lr=4e-3, warmup=4000,
+           ema_decay=[0.9995])
+
+# What differs from the defaults of the options below. A row ends with what it reached: the paper's FID (the release's).
 PRESETS = {
+    "latent_ablation": LATENT | dict(encoder=["hf://mae_latent_256"], attn_fp32=True,
+        model="B", labels=64,  pos=64,  uncond=16, alpha_power=3, alpha_fixed=0.0, push=1024,
+        lr=2e-4, weight_decay=0.01, warmup=5000,  steps=30000),                                                 # 8.46 (8.49)
+    "latent_B": LATENT | dict(  # Table 8 has 128 positives
+        model="B", labels=128, pos=64,  uncond=32, alpha_power=5, alpha_fixed=0.0, push=2048,
+        lr=4e-4, weight_decay=0.0,  warmup=10000, steps=200000),                                                # 1.75 (1.74)
+    "latent_L": LATENT | dict(
+        model="L", labels=128, pos=64,  uncond=32, alpha_power=3, alpha_fixed=0.5, push=2048,
+        lr=4e-4, weight_decay=0.01, warmup=10000, steps=200000),                                                # 1.54 (1.53)
+    "pixel_B": PIXEL | dict(
+        model="B", labels=128, pos=128, uncond=32, alpha_power=5, alpha_fixed=0.0, push=2048,
+        lr=2e-4, weight_decay=0.01, warmup=10000, steps=100000),                                                # 1.76 (1.73)
+    "pixel_L": PIXEL | dict(
+        model="L", labels=128, pos=128, uncond=32, alpha_power=5, alpha_fixed=0.0, push=2048,
+        lr=4e-4, weight_decay=0.01, warmup=10000, steps=100000),                                                # 1.61 (1.62)
+    # Encoders: FID of the ablation recipe in their space (Table 3), and (of the release's best rows above).
+    "mae_latent_256": MAE | dict(base_channels=256, steps=30000,  to_latents=True),                             # 8.46 (8.49)
+    "mae_latent_640": MAE | dict(base_channels=640, steps=200000, to_latents=True, cls_steps=3000),             # 3.36 (1.53)
+    "mae_pixel_640":  MAE | dict(base_channels=640, steps=200000, input_patch_size=8, cls_steps=3000),          # 3.70 (1.62)
     "digits_encoder": dict(stage="encoder", data="data/digits", input_patch_size=2, base_channels=64, layers=[1, 1, 1],
-                           batch_size=128, steps=400, lr=2e-3, warmup=50, cls_steps=150, cls_ramp=50, ema_decay=0.99,
+                           batch_size=128, steps=400, lr=2e-3, warmup=50, cls_steps=150, cls_ramp=50, ema_decay=[0.99],
                            sample_every=200, save_every=100),
     "digits": dict(stage="generator", data="data/digits", encoder=["digits_encoder"], model="XS", patch_size=4, labels=10,
-                   gen=24, pos=48, uncond=12, alpha_power=2, steps=800, lr=2.5e-3, warmup=30, cooldown=550, ema_decay=0.99, reals="index",
-                   sample_every=100, save_every=150),
+                   gen=24, pos=48, uncond=12, alpha_power=2, steps=800, lr=2.5e-3, warmup=30, cooldown=550, ema_decay=[0.99],
+                   reals="index", sample_every=100, save_every=150),
     # For one modern GPU and about an hour, by arithmetic; not run yet.
     "cifar10_encoder": dict(stage="encoder", data="data/cifar10", base_channels=64, batch_size=512, steps=8000, lr=1e-3,
-                            warmup=500, crop_scale=0.2, cls_steps=3000, ema_decay=0.999, save_every=2000),
-    "cifar10": dict(stage="generator", data="data/cifar10", encoder=["cifar10_encoder"], model="S", labels=16, gen=64, pos=64,
-                    uncond=16, steps=10000, lr=4e-4, warmup=500, flip=True, ema_decay=0.999),
+                            warmup=500, crop_scale=0.2, cls_steps=3000, ema_decay=[0.999], save_every=2000),
+    "cifar10": dict(stage="generator", data="data/cifar10", encoder=["cifar10_encoder"], model="S", labels=16, gen=64,
+                    pos=64, uncond=16, steps=10000, lr=4e-4, warmup=500, flip=True, ema_decay=[0.999]),
     # For two CPU cores: shows progress, not more.
     "cifar10_cpu_encoder": dict(stage="encoder", data="data/cifar10", input_patch_size=2, base_channels=32, layers=[1, 1, 1],
-                                batch_size=64, steps=400, lr=1e-3, warmup=50, cls_steps=200, cls_ramp=50, ema_decay=0.99,
+                                batch_size=64, steps=400, lr=1e-3, warmup=50, cls_steps=200, cls_ramp=50, ema_decay=[0.99],
                                 sample_every=200, save_every=200),
     "cifar10_cpu": dict(stage="generator", data="data/cifar10", encoder=["cifar10_cpu_encoder"], model="XS", patch_size=4,
-                        labels=4, gen=16, pos=16, uncond=8, push=64, steps=1000, lr=1e-3, warmup=50, flip=True, ema_decay=0.99,
-                        sample_every=50, save_every=100),
+                        labels=4, gen=16, pos=16, uncond=8, push=64, steps=1000, lr=1e-3, warmup=50, flip=True,
+                        ema_decay=[0.99], sample_every=50, save_every=100),
 }
+# The same global batch on one node of eight GPUs and on one of 80 GB, 8 labels at a time: about 35 GB by arithmetic.
+PRESETS["latent_ablation_8gpu"] = PRESETS["latent_ablation"] | dict(checkpoint_blocks=True)                     # not run yet
+PRESETS["latent_ablation_1gpu"] = PRESETS["latent_ablation"] | dict(checkpoint_blocks=True, micro_batches=8)    # not run yet
 
 
 def build_parser(preset=None):
@@ -62,11 +97,21 @@ def build_parser(preset=None):
     g.add_argument("--seed", type=int, default=0, help="with the step, all that randomness depends on")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda computes in bfloat16")
     g.add_argument("--compile", action="store_true", help="torch.compile the networks")
+    g.add_argument("--micro_batches", type=int, default=1, help="parts in which a process takes its share of a step: the "
+                   "same loss and gradients in less memory; the generator then needs two more forward passes")
+    g.add_argument("--dry_run", action="store_true", help="a few steps on random data of the recipe's shape, with random "
+                   "encoders: prints parameters, FLOPs, memory and time; needs no data, writes nothing")
     g.add_argument("--init_from", help="weights to start from: whatever --ckpt of sample.py takes, of the same sizes")
     g.add_argument("--no_converted_copy", action="store_true", help="keep no safetensors copy of published weights")
     g.add_argument("--log_every", type=int, default=10, help="steps between lines of log.jsonl")
     g.add_argument("--sample_every", type=int, default=1000, help="steps between pictures")
     g.add_argument("--save_every", type=int, default=1000, help="steps between checkpoints; the last two are kept")
+    g.add_argument("--tensorboard", action="store_true", help="log there too, in OUT/ (pip install tensorboard)")
+    g.add_argument("--wandb", action="store_true", help="log there too (pip install wandb)")
+    g = parser.add_argument_group("real images")
+    g.add_argument("--crop_scale", type=float, default=1.0, help="random resized crops of at least this area (paper: 0.2)")
+    g.add_argument("--vae", default="hf://stabilityai/sd-vae-ft-mse", help="between pixels and latents, here or on the Hub")
+    g.add_argument("--vae_chunk", type=int, default=16, help="images in it at a time: bounds its memory")
     g = parser.add_argument_group("optimisation (Table 8)")
     g.add_argument("--steps", type=int, default=30000, help="length of the run")
     g.add_argument("--lr", type=float, default=2e-4, help="AdamW's rate, constant after the warm-up")
@@ -74,23 +119,24 @@ def build_parser(preset=None):
     g.add_argument("--cooldown", type=int, default=0, help="last steps, in which the rate falls linearly to zero")
     g.add_argument("--weight_decay", type=float, default=0.01, help="on all parameters")
     g.add_argument("--clip", type=float, default=2.0, help="largest norm of the gradient")
-    g.add_argument("--ema_decay", type=float, default=0.999, help="of the averaged weights, which are those used")
+    g.add_argument("--ema_decay", type=float, nargs="+", default=[0.999], help="of the averaged weights: the first are "
+                   "those used, others are kept beside them in step_*/ema_DECAY")
+    g.add_argument("--max_bad_steps", type=int, default=10, help="skipped steps in a row, for a loss or gradient that "
+                   "is not finite, after which the run stops")
     g = parser.add_argument_group("stage encoder (A.3)")
     g.add_argument("--base_channels", type=int, default=256, help="width of the first stage; doubles at each stage")
     g.add_argument("--layers", type=int, nargs="+", default=[3, 4, 6, 3], help="residual blocks of each stage")
     g.add_argument("--input_patch_size", type=int, default=1, help="pixel models patchify first (256 pixels: 8)")
     g.add_argument("--batch_size", type=int, default=8192, help="images a step, over all processes")
-    g.add_argument("--crop_scale", type=float, default=1.0, help="random resized crops of at least this area (paper: 0.2)")
+    g.add_argument("--to_latents", action="store_true", help="encode crops of pixels by --vae: an encoder of latents")
     g.add_argument("--cls_steps", type=int, default=0, help="last steps, which fine-tune with a classifier")
     g.add_argument("--cls_weight", type=float, default=0.1, help="lam of loss = lam CE + (1 - lam) reconstruction")
     g.add_argument("--cls_ramp", type=int, default=1000, help="steps in which lam rises from 0")
     g = parser.add_argument_group("stage generator (A.8)")
-    g.add_argument("--encoder", nargs="+", help="whose features samples drift in, one or several: a run, checkpoint or artifact "
-                   "folder, hf://..., or a preset (then runs/PRESET, trained first where it is missing)")
-    g.add_argument("--pixel_encoder", action="store_true", help="of a generator of latents: the encoder sees decoded samples, "
-                   "gradients pass through the decoder (sec. 4)")
-    g.add_argument("--vae", default="hf://stabilityai/sd-vae-ft-mse", help="decoder of latents, here or on the Hub")
-    g.add_argument("--vae_chunk", type=int, default=16, help="images it decodes at a time: bounds its memory")
+    g.add_argument("--encoder", nargs="+", help="whose features samples drift in, one or several: a run, checkpoint or "
+                   "artifact folder, hf://..., or a preset (then runs/PRESET, trained first where it is missing)")
+    g.add_argument("--pixel_encoder", action="store_true", help="of a generator of latents: the encoder sees decoded "
+                   "samples, gradients pass through the decoder (sec. 4)")
     g.add_argument("--model", choices=model.GENERATOR_SIZES, default="B", help="size of the generator")
     g.add_argument("--patch_size", type=int, default=2, help="of the generator's tokens")
     g.add_argument("--attn_fp32", action="store_true", help="attention in float32")
@@ -142,7 +188,8 @@ def parse(argv):
         if args.eval_features != "inception" and given & {"--eval_resize", "--eval_inception"}:
             parser.error("--eval_resize and --eval_inception are read with --eval_features inception only")
     for key, value in vars(args).items():
-        if key in ("steps", "log_every", "sample_every", "save_every", "batch_size", "labels", "gen", "pos", "push") and value < 1:
+        if key in ("steps", "log_every", "sample_every", "save_every", "batch_size", "labels", "gen", "pos", "push",
+                   "micro_batches", "max_bad_steps") and value < 1:
             parser.error(f"--{key} must be at least 1")
     if args.out is None:
         if args.preset is None:
@@ -154,55 +201,75 @@ def parse(argv):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# The two stages: a network, and `loss(step)`, the mean over this process's share of the step's global batch
+# The two stages: a network; `batch(step)`, this process's share of a step's global batch; and `backward(batch, step)`, which
+# adds to the network's parameters the gradients of the mean loss over it, and returns (that loss, what to log)
 
 class EncoderStage:
     """Masked autoencoding (A.3): half of the 2x2 patches hidden, L2 on them; at the end a little cross-entropy."""
 
     def __init__(self, args, data):
         self.args, self.data = args, data
-        c, h, _ = data.shape
+        parts, h = world_size() * args.micro_batches, data.shape[1] // (8 if args.to_latents else 1)
         factor = args.input_patch_size * 2 ** (len(args.layers) - 1)
-        if args.batch_size % world_size() or h % factor or h // args.input_patch_size % 2:
-            raise ValueError(f"--batch_size must be divisible by {world_size()} processes, and images of {h} pixels by "
-                             f"{factor} and twice --input_patch_size")
-        self.net = model.MAE(in_channels=c, base_channels=args.base_channels, layers=args.layers,
-                             input_patch_size=args.input_patch_size, num_classes=data.num_classes)
+        if args.batch_size % parts or h % factor or h // args.input_patch_size % 2:
+            raise ValueError(f"--batch_size must be divisible by {parts} (processes times --micro_batches), and images of "
+                             f"{h} pixels by {factor} and twice --input_patch_size")
+        self.latents = data.meta["kind"] == "latents"
+        if self.latents and (args.to_latents or args.crop_scale < 1):
+            raise ValueError(f"{args.data} holds latents: --to_latents and --crop_scale are for pixels, since images are "
+                             "cropped before they are encoded (A.3)")
+        self.net = self.network(args, data)
         self.forward = torch.compile(self.net) if args.compile else self.net
+        self.vae = open_vae(args) if args.to_latents else None
 
-    def batch(self, step):
-        """This process's images, labels and masks of a step."""
-        args, n = self.args, self.args.batch_size
+    @staticmethod
+    def network(args, data):
+        return model.MAE(in_channels=4 if args.to_latents else data.shape[0], base_channels=args.base_channels,
+                         layers=args.layers, input_patch_size=args.input_patch_size, num_classes=data.num_classes)
+
+    def batch(self, step, most=None):
+        """This process's images, labels and masks of a step, or the first few. Latents are drawn, each from a stream."""
+        args, n, share = self.args, self.args.batch_size, self.args.batch_size // world_size()
         rng = np.random.default_rng([args.seed, step])
         ids = self.data.fresh(step * n, n, args.seed)
         crops, flips = random_crops(n, args.crop_scale, rng), rng.random(n) < (0.5 if args.crop_scale < 1 else 0)
-        grid = self.data.images.shape[2] // args.input_patch_size // self.net.patch_size
+        grid = self.data.shape[1] // (8 if self.vae else 1) // args.input_patch_size // self.net.patch_size
         mask = torch.from_numpy((rng.random((n, grid, grid)) < 0.5).astype(np.float32))
-        mine = slice(n // world_size() * get_rank(), n // world_size() * (get_rank() + 1))
-        x = self.data.batch(ids[mine])
+        mine = np.arange(share * get_rank(), share * (get_rank() + 1))[:most]
+        seeds = rng.integers(1 << 63, size=n)[mine]  # of latents, drawn anew at every visit
+        x = self.data.batch(ids[mine], seeds, flip=self.latents, device=args.device)
         if args.crop_scale < 1:
             x = crop_resize(x, crops[mine], flips[mine])
+        if self.vae:
+            mean, std = self.vae.encode(x)
+            noise = [torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds.tolist()]
+            x = mean + std * torch.stack(noise).to(std)
         return x, torch.from_numpy(self.data.labels[ids[mine]]), mask[mine]
 
-    def loss(self, step):
-        args = self.args
-        x, labels, mask = (t.to(args.device) for t in self.batch(step))
-        with autocast(args.device):
-            _, logits, error, cross_entropy = self.forward(x, mask, labels)
-        lam = args.cls_weight * min(1, max(0, step - (args.steps - args.cls_steps)) / args.cls_ramp)
-        logs = {"reconstruction": error.mean(), "cross_entropy": cross_entropy.mean(),
-                "accuracy": (logits.argmax(1) == labels).float().mean(), "lam": lam}
-        return lam * cross_entropy.mean() + (1 - lam) * error.mean(), logs
+    def backward(self, batch, step):
+        args, M = self.args, self.args.micro_batches
+        lam, total, logs = args.cls_weight * min(1, max(0, step - (args.steps - args.cls_steps)) / args.cls_ramp), 0, {}
+        for part in zip(*(t.to(args.device).tensor_split(M) for t in batch)):  # a plain mean: parts add up
+            labels = part[1]
+            with autocast(args.device):
+                _, logits, error, cross_entropy = self.forward(part[0], part[2], labels)
+            found = {"reconstruction": error.mean(), "cross_entropy": cross_entropy.mean(),
+                     "accuracy": (logits.argmax(1) == labels).float().mean(), "lam": lam}
+            loss = (lam * cross_entropy.mean() + (1 - lam) * error.mean()) / M
+            loss.backward()
+            total += loss.detach()
+            logs = {key: logs.get(key, 0) + value / M for key, value in found.items()}
+        return total, logs
 
     def preview(self, ema):
         """Pictures of a few images: as they are, with half hidden, and reconstructed. Returns uint8 images, columns."""
-        x, labels, mask = (t[:10].to(self.args.device) for t in self.batch(0))
+        x, labels, mask = (t.to(self.args.device) for t in self.batch(0, most=10))
         recon = ema(x, mask, labels)[0]
         p = ema.input_patch_size
         recon = rearrange(recon, "n (p q c) h w -> n c (h p) (w q)", p=p, q=p)
         hidden = torch.nn.functional.interpolate(mask[:, None], x.shape[2:])
         rows = torch.cat([x, x * (1 - hidden), x * (1 - hidden) + recon * hidden])
-        return sample.to_uint8(rows[:, :3].cpu()), len(x)
+        return sample.to_uint8((self.vae.decode(rows) if self.vae else rows[:, :3]).cpu()), len(x)
 
 
 class GeneratorStage:
@@ -210,28 +277,35 @@ class GeneratorStage:
 
     def __init__(self, args, data):
         self.args, self.data = args, data
-        if args.labels % world_size():
-            raise ValueError(f"--labels {args.labels} must be divisible by the number of processes, {world_size()}")
+        if args.labels % (world_size() * args.micro_batches):
+            raise ValueError(f"--labels {args.labels} must be divisible by {world_size() * args.micro_batches}, the number "
+                             "of processes times --micro_batches")
         if data.count.min() < args.pos or len(data) < args.uncond:
             raise ValueError(f"--pos {args.pos}: class {data.meta['classes'][data.count.argmin()]} of {args.data} has "
                              f"{data.count.min()} images")
         if args.reals == "queue" and args.pos > 128:
             raise ValueError(f"--pos {args.pos}: a class's queue holds 128; use --reals index")
-        c, h, _ = data.shape
-        self.net = model.Generator(input_size=h, in_channels=c, patch_size=args.patch_size, num_classes=data.num_classes,
-                                   attn_fp32=args.attn_fp32, **model.GENERATOR_SIZES[args.model])
+        c, latents = data.shape[0], data.meta["kind"] == "latents"
+        if (args.pixel_encoder and not latents) or (args.crop_scale < 1 and latents):
+            raise ValueError(f"{args.data} holds {data.meta['kind']}: --pixel_encoder is for latents, --crop_scale for "
+                             "pixels")
+        if data.meta.get("views") == "crops":
+            raise ValueError(f"{args.data} holds random crops, which are for encoders: prepare latents without --crops")
+        self.net = self.network(args, data)
         self.net.checkpoint_blocks = args.checkpoint_blocks
-        latents = data.meta["kind"] == "latents"
-        if args.pixel_encoder and not latents:
-            raise ValueError(f"--pixel_encoder is for generators of latents, and {args.data} holds pixels")
-        self.vae = model.load_vae(args.vae, args.device, args.vae_chunk, args.compile) if latents else None
+        self.vae = open_vae(args) if latents and (args.pixel_encoder or not args.dry_run) else None
         for i, name in enumerate(args.encoder):
-            if name in PRESETS:
-                main(["--preset", name, "--data", args.data, "--device", args.device, "--seed", str(args.seed),
+            if name in PRESETS and not args.dry_run:  # an encoder of latents is trained on pixels: not on this stage's data
+                own = PRESETS[name]["data"] if PRESETS[name].get("to_latents") else args.data
+                main(["--preset", name, "--data", own, "--device", args.device, "--seed", str(args.seed), "--vae", args.vae,
                       *(["--compile"] if args.compile else [])])
                 args.encoder[i] = f"runs/{name}"
-        self.encoders = torch.nn.ModuleList(model.load_encoder(name, not args.no_converted_copy) for name in args.encoder)
-        self.encoders.requires_grad_(False).to(args.device)
+        self.encoders = torch.nn.ModuleList(random_encoder(name, data) if args.dry_run else
+                                            model.load_encoder(name, not args.no_converted_copy) for name in args.encoder)
+        for encoder in self.encoders:
+            if isinstance(encoder, model.MAE):
+                del encoder.decoder, encoder.fc  # a fifth of it, and not looked through
+        self.encoders.eval().requires_grad_(False).to(args.device)
         for name, encoder in zip(args.encoder, self.encoders):
             if encoder.in_channels != (3 if args.pixel_encoder else c):
                 raise ValueError(f"--encoder {name} takes {encoder.in_channels} channels, the samples have {c}" + (
@@ -241,8 +315,18 @@ class GeneratorStage:
             self.forward, self.encode = torch.compile(self.net), [torch.compile(encode) for encode in self.encode]
         self.queue = self.filled_queue() if args.reals == "queue" else None
 
+    @staticmethod
+    def network(args, data):
+        return model.Generator(input_size=data.shape[1], in_channels=data.shape[0], patch_size=args.patch_size,
+                               num_classes=data.num_classes, attn_fp32=args.attn_fp32, **model.GENERATOR_SIZES[args.model])
+
     def filled_queue(self):
-        """Queues start full. They hold ids, and every process pushes the same ones: queues are equal everywhere."""
+        """Queues start full. They hold ids, and every process pushes the same ones: queues are equal everywhere.
+
+        So a step is the same on any number of processes, and a queue is as fresh as --push makes it. The release has a
+        queue of its own on each host, which takes the pushes of that host alone: as old as --push / hosts, and a label's
+        positives depend on the host that it falls on.
+        """
         queue, rng = drift.SampleQueue(self.data.num_classes), np.random.default_rng([self.args.seed, 1 << 32])
         for label, count in enumerate(self.data.count):
             self.push(queue, self.data.draw(label, min(count, queue.ids.shape[1]), rng))
@@ -253,7 +337,8 @@ class GeneratorStage:
         queue.push(torch.from_numpy(ids), torch.from_numpy(self.data.labels[ids]))
 
     def batch(self, step):
-        """This process's labels, alphas, noise, styles and real samples of a step, each label from its own stream."""
+        """This process's labels, alphas, noise, styles and real samples of a step, each label from its own stream; and the
+        queue's state then, for a checkpoint: the next batch is being made while this one is trained on."""
         args, net = self.args, self.net
         n = max(args.push, args.labels) if self.queue else args.labels
         fresh = self.data.fresh(step * n, n, args.seed)
@@ -272,10 +357,13 @@ class GeneratorStage:
                                        device=args.device))
             source = self.queue or self.data
             ids = np.concatenate([source.draw(labels[slot], args.pos, rng), source.draw_any(args.uncond, rng)])
-            reals = self.data.batch(ids, rng, args.flip)
+            reals = self.data.batch(ids, rng, args.flip, args.device)
+            if args.crop_scale < 1:
+                reals = crop_resize(reals, random_crops(len(ids), args.crop_scale, rng), np.zeros(len(ids), bool))
             pos.append(reals[:args.pos]), uncond.append(reals[args.pos:])
         mine = torch.from_numpy(labels[per_process * get_rank():][:per_process])
-        return mine, torch.cat(alpha), torch.cat(noise), torch.cat(style), torch.cat(pos), torch.cat(uncond)
+        state = {name: value.clone() for name, value in self.queue.state_dict().items()} if self.queue else {}
+        return mine, torch.cat(alpha), torch.cat(noise), torch.cat(style), torch.cat(pos), torch.cat(uncond), state
 
     def features(self, x, labels):
         """Samples [labels * n, c, h, w] -> {name: [labels, n, T, C]}: the samples themselves and the encoders' features."""
@@ -286,27 +374,72 @@ class GeneratorStage:
             found.update(encode(x))
         return {name: f.unflatten(0, (labels, -1)) for name, f in found.items()}
 
-    def loss(self, step):
-        args = self.args
-        labels, alpha, noise, style, pos, uncond = (t.to(args.device) for t in self.batch(step))
-        n = len(labels)
+    def loss(self, labels, alpha, noise, style, pos, uncond, reduce):
+        """Mean loss of some labels, whose normalisers are those of `reduce`, and the infos of drift_loss."""
+        args, n = self.args, len(labels)
         with autocast(args.device):
             x = self.forward(noise, labels.repeat_interleave(args.gen), alpha.repeat_interleave(args.gen), style)
             gen = self.features(x, n)
             with torch.no_grad():  # reals need no gradient, and no memory for one
                 pos, uncond = self.features(pos, n), self.features(uncond, n) if args.uncond else None
         weight = drift.unconditional_weight(alpha, args.gen, args.uncond) if args.uncond else None
-        loss, _, infos = drift.feature_drift_loss(
-            gen, pos, uncond, weight, kernel=args.kernel, attraction=args.attraction, repulsion=args.repulsion,
-            reduce=all_reduce if world_size() > 1 else None)
-        logs = {key: torch.stack([info[key] for info in infos.values()]).mean() for key in infos["global"]}
-        return loss, logs
+        loss, _, infos = drift.feature_drift_loss(gen, pos, uncond, weight, kernel=args.kernel, attraction=args.attraction,
+                                                  repulsion=args.repulsion, reduce=reduce)
+        return loss, infos
+
+    def backward(self, batch, step):
+        """One pass; with micro-batches three, so that the loss stays that of the whole global batch.
+
+        A feature's loss needs two sums over that batch, the second scaled by the first (A.6): passes without gradients
+        collect them, the last one uses them. So memory is that of one micro-batch, however many labels there are. To keep
+        the first pass's features instead would spare a forward pass, and take 63 GB for the ablation's 64 labels.
+        """
+        args, M, total = self.args, self.args.micro_batches, 0
+        *batch, self.queue_state = batch
+        parts = list(zip(*(t.to(args.device).tensor_split(M) for t in batch)))
+        reduce = all_reduce if M == 1 else BatchSums()
+        for _ in range(2 if M > 1 else 0):
+            for part in parts:
+                with torch.no_grad():
+                    self.loss(*part, reduce.next_part())
+            reduce.complete()
+        for part in parts:
+            loss, infos = self.loss(*part, reduce if M == 1 else reduce.next_part())
+            (loss / M).backward()
+            total += loss.detach() / M
+        return total, {key: torch.stack([info[key] for info in infos.values()]).mean() for key in infos["global"]}
 
     def preview(self, ema):
         """A grid with one column a class, always of the same noise. Returns uint8 images, columns."""
         columns = min(10, ema.num_classes)
         images = sample.generate(ema, np.arange(8 * columns) % columns, np.arange(8 * columns), vae=self.vae)
         return sample.to_uint8(images), columns
+
+
+class BatchSums:
+    """`reduce` of drift_loss for a global batch that is never in memory as a whole: two calls a feature, in their order."""
+
+    def __init__(self):
+        self.known, self.found, self.calls = [], {}, 0  # of the first calls, then of the second: each feature's sums
+
+    def next_part(self):
+        self.calls = 0
+        return self
+
+    def __call__(self, sums):
+        feature, which = divmod(self.calls, 2)
+        self.calls += 1
+        if which < len(self.known):
+            return self.known[which][feature]
+        if which == len(self.known):
+            self.found[feature] = self.found.get(feature, 0) + sums
+        return sums  # of this part alone: what follows from them is not used
+
+    def complete(self):
+        """All parts were seen: add up over the processes, all features at once."""
+        whole = all_reduce(torch.cat(list(self.found.values())))
+        self.known.append(whole.split([len(sums) for sums in self.found.values()]))
+        self.found = {}
 
 
 def autocast(device):
@@ -324,13 +457,13 @@ def random_crops(n, min_area, rng):
 
 
 def crop_resize(x, crops, flips):
-    """Cut the crops out of x [n, c, h, w] and resize them to h x w, mirrored where flips says so."""
-    cx, cy, hx, hy = torch.from_numpy(crops).to(x.dtype).unbind(1)
-    hx = torch.where(torch.from_numpy(flips), -hx, hx)
+    """Cut the crops out of x [n, c, h, w] in [-1, 1] and resize them to h x w (bicubic), mirrored where flips says so."""
+    cx, cy, hx, hy = torch.from_numpy(crops).to(x).unbind(1)
+    hx = torch.where(torch.from_numpy(flips).to(x.device), -hx, hx)
     zero = torch.zeros_like(cx)
     theta = torch.stack([torch.stack([hx, zero, cx], 1), torch.stack([zero, hy, cy], 1)], 1)     # n 2 3
     grid = torch.nn.functional.affine_grid(theta, x.shape, align_corners=False)
-    return torch.nn.functional.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    return torch.nn.functional.grid_sample(x, grid, "bicubic", "border", align_corners=False).clamp_(-1, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -338,65 +471,88 @@ def crop_resize(x, crops, flips):
 
 def main(argv):
     args = parse(argv)
-    if get_rank() == 0 and Path(args.data).name == "digits":
-        prepare_data.prepare("digits", args.data)
-    barrier()
-    data = prepare_data.Dataset(args.data)
+    if args.device == "cuda":  # by its number, since the thread that makes batches has a current device of its own
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     out, main_process = Path(args.out), get_rank() == 0
+    if Path(args.data).name == "digits" and not args.dry_run:
+        together(lambda: main_process and prepare_data.prepare("digits", args.data))
+    data = together(RandomData if args.dry_run else prepare_data.Dataset, args.data)
 
     torch.manual_seed(args.seed)  # initial weights; everything later is seeded by its step
-    stage = (EncoderStage if args.stage == "encoder" else GeneratorStage)(args, data)
-    if args.init_from and model.latest_checkpoint(out) is None:
-        start_from(args.init_from, stage.net, args)
-    net = stage.net.to(args.device).train()
-    ema = copy.deepcopy(net).eval().requires_grad_(False)
-    params, ema_params = list(net.parameters()), list(ema.parameters())
-    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=args.weight_decay)
-    start = load_checkpoint(out, args, net, ema, optimizer, stage)
-    if start >= args.steps:
-        log_line(f"{out} has its {args.steps} steps already")
-        return
-    if main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        print_options(args, sum(p.numel() for p in params), data, start)
+    stage = together(EncoderStage if args.stage == "encoder" else GeneratorStage, args, data)
+    if args.init_from and not args.dry_run and model.latest_checkpoint(out) is None:
+        together(start_from, args.init_from, stage.net, args)
+    net, cuda = stage.net.to(args.device).train(), torch.device(args.device).type == "cuda"
+    emas = [copy.deepcopy(net).eval().requires_grad_(False) for _ in args.ema_decay]
+    params, ema_params = list(net.parameters()), [list(ema.parameters()) for ema in emas]
+    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=args.weight_decay,
+                                  fused=cuda or None)  # on a GPU, for `step_unless`
+    bad_steps = torch.zeros(2, dtype=torch.long, device=args.device)  # in a row, in all
+    stop = Stop()
 
-    evaluator = Evaluator(args, stage.vae) if args.stage == "generator" and args.eval_every else None
-    from tqdm import tqdm
-    progress = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.out, disable=not main_process,
-                    mininterval=1)
-    began = time.time()
-    for step in progress:
+    def update(batch, step):
+        """One step: gradients of all micro-batches and processes, clipped, AdamW, averages. It waits for no GPU."""
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss, logs = stage.loss(step)
-        loss.backward()
-        average_gradients(params)
+        loss, logs = stage.backward(batch, step)
+        loss, stopping = average(params, loss, stop.asked)
         norm = torch.nn.utils.clip_grad_norm_(params, args.clip)
-        if not torch.isfinite(norm):
-            raise ValueError(f"step {step}: the gradient is {norm.item()}; nothing of it was kept. The last checkpoint is "
-                             f"{model.latest_checkpoint(out)}: lower --lr or raise --warmup, and run again")
-        optimizer.step()
+        bad = ~torch.isfinite(loss + norm)  # the same on every process
+        bad_steps.add_(bad)[0].mul_(bad)
+        step_unless(bad, optimizer)
         optimizer.zero_grad(set_to_none=True)
         # The average's memory grows with the run, so that the first weights are forgotten in short runs too.
         with torch.no_grad():
-            torch._foreach_lerp_(ema_params, params, 1 - min(args.ema_decay, (step + 1) / (step + 10)))
+            for decay, average_params in zip(args.ema_decay, ema_params):
+                torch._foreach_lerp_(average_params, params, 1 - min(decay, (step + 1) / (step + 10)))
+        return {"lr": lr, "loss": loss, "norm": norm, **logs}, read_later(torch.stack([stopping, bad_steps[0]]))
 
-        done = step + 1
+    if args.dry_run:
+        return dry_run(args, stage, update)
+    state = dict(net=net, emas=emas, optimizer=optimizer, bad_steps=bad_steps, stage=stage)
+    folder = gather(together(whole_checkpoint, out))[0]  # one process looks for all
+    start = together(load_checkpoint, folder, args, **state) if folder else 0
+    if start >= args.steps:
+        log_line(f"{out} has its {args.steps} steps already")
+        return
+    log = together(open_log, args, sum(p.numel() for p in params), data, start)
+    evaluator = Evaluator(args, stage.vae, log) if args.stage == "generator" and args.eval_every else None
+    from tqdm import tqdm
+    progress = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.out, disable=not main_process,
+                    mininterval=1)
+    batches = prepare_data.prefetch(stage.batch, range(start, args.steps))
+    began, waited, before = time.time(), 0, lambda: (0, 0)
+    signal.signal(signal.SIGTERM, stop)
+    for step in progress:
+        asked = time.time()
+        batch = next(batches)
+        waited += time.time() - asked
+        values, status = update(batch, step)
+        done, (stopping, bad_in_row), before = step + 1, before(), status  # of the step before, which is over by now
+        if bad_in_row >= args.max_bad_steps:
+            raise Shared(f"step {step}: loss or gradient was not finite {bad_in_row:.0f} times in a row; nothing of it was "
+                         f"kept. The last checkpoint is {model.latest_checkpoint(out)}: lower --lr or raise --warmup, and "
+                         "run again")
         if done % args.log_every == 0 or done in (1, args.steps):
-            values = {key: mean_over_processes(value, args.device) for key, value in {"loss": loss, "norm": norm, **logs}.items()}
+            values = {key: mean_over_processes(value, args.device) for key, value in values.items()}
             if main_process:
-                line = {"step": done, "seconds": round(time.time() - began, 2), "lr": lr, **values}
-                with open(out / "log.jsonl", "a") as f:
-                    f.write(json.dumps(line) + "\n")
+                log({"step": done, "seconds": round(time.time() - began, 2), "waited_for_data": round(waited, 2), **values, "skipped": bad_steps[1].item()})
                 progress.set_postfix_str(f"loss {values['loss']:.3f}")
-        if evaluator and (done % args.eval_every == 0 or done == 1):  # at step 1 few images, so that it fails at once if at all
-            evaluator(ema, done, args.eval_images if done % args.eval_every == 0 else 100)
         if main_process and (done % args.sample_every == 0 or done in (1, args.steps)):
             with torch.no_grad():
-                sample.save_grid(*stage.preview(ema), out / f"samples_{done:08d}.png")
-        if main_process and (done % args.save_every == 0 or done == args.steps):
-            save_checkpoint(out, done, args, net, ema, optimizer, stage)
+                sample.save_grid(*stage.preview(emas[0]), out / f"samples_{done:08d}.png")
+        evaluate = evaluator and (done % args.eval_every == 0 or done == 1)
+        if main_process and (done % args.save_every == 0 or done == args.steps or stopping or evaluate and done > 1):
+            save_checkpoint(out, done, args, **state)
+        if stopping:
+            barrier()
+            log_line(f"{out}: stopped by SIGTERM after step {done}, which is saved; the same command resumes")
+            raise SystemExit(0)
+        if evaluate:  # at step 1 few images, so that it fails at once if at all
+            with stop.saved():
+                evaluator(emas[0], done, args.eval_images if done % args.eval_every == 0 else 100)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     barrier()
     log_line(f"{out}: {args.steps} steps; weights in {model.latest_checkpoint(out)}, "
              f"pictures in {out}/samples_{args.steps:08d}.png")
@@ -405,19 +561,22 @@ def main(argv):
 class Evaluator:
     """fid.py inside training, on all processes: figures go to log.jsonl, the best EMA weights to OUT/best."""
 
-    def __init__(self, args, vae):
+    def __init__(self, args, vae, log):
         import fid
-        self.fid, self.args, self.vae, self.best = fid, args, vae, Path(args.out) / "best"
+        self.fid, self.args, self.vae, self.log, self.best = fid, args, vae, log, Path(args.out) / "best"
+        old = self.best.with_suffix(".old")
+        if get_rank() == 0 and old.exists() and not self.best.exists():  # killed between two renames
+            old.rename(self.best)
         self.extractor = fid.load_extractor(args.eval_features, args.eval_resize, args.eval_inception, args.device,
                                             not args.no_converted_copy)
         self.reference = fid.open_reference(self.extractor, args.eval_ref, None if args.eval_ref else args.data)
 
     def __call__(self, ema, step, num_images):
-        row = self.fid.evaluate(self.fid.generated(ema, seed=self.args.seed, vae=self.vae), num_images, self.extractor, self.reference)
+        images = self.fid.generated(ema, seed=self.args.seed, vae=self.vae)
+        row = self.fid.evaluate(images, num_images, self.extractor, self.reference)
         if get_rank() > 0:
             return
-        with open(Path(self.args.out) / "log.jsonl", "a") as f:
-            f.write(json.dumps({"step": step, **row}) + "\n")
+        self.log({"step": step, **row})
         score, score_file = row.get("fid", row.get("fd")), self.best / "score.json"
         if step % self.args.eval_every or score_file.is_file() and json.loads(score_file.read_text())["score"] <= score:
             return
@@ -447,77 +606,259 @@ def learning_rate(step, args):
     return rate * min(1, (args.steps - step) / args.cooldown) if args.cooldown else rate
 
 
-def average_gradients(params):
-    """Data parallelism in one line a parameter: every process has the mean over its share, the step needs their mean."""
+def average(params, loss, stopping):
+    """Data parallelism: every process has the mean over its share, the step needs the mean of those.
+
+    Gradients are averaged in place, once a step, after its last micro-batch. Returns the means of loss and flag.
+    """
+    status = torch.stack([loss.double(), torch.full_like(loss, float(stopping), dtype=torch.float64)])
     if world_size() > 1:
-        work = [dist.all_reduce(p.grad.div_(world_size()), async_op=True) for p in params]
+        work = [dist.all_reduce(x.div_(world_size()), async_op=True) for x in (*(p.grad for p in params), status)]
         for w in work:
             w.wait()
+    return status.unbind()
+
+
+def step_unless(bad, optimizer):
+    """optimizer.step(), unless `bad`, a tensor on the device, is true: then weights and moments stay as they are."""
+    if bad.is_cuda:  # its fused kernel looks itself; to look here would stop the CPU until the GPU has caught up
+        optimizer.found_inf = bad.float()
+        optimizer.step()
+    elif not bad:
+        optimizer.step()
+
+
+def read_later(values):
+    """A function that returns these numbers; it waits for the GPU to compute them, not for what was queued later."""
+    copy = values.to("cpu", non_blocking=True)
+    if not values.is_cuda:
+        return copy.tolist
+    ready = torch.cuda.Event()
+    ready.record()
+    return lambda: ready.synchronize() or copy.tolist()
+
+
+class Stop:
+    """Handler of SIGTERM, by which a cluster says that it will take the machine: the run saves and ends.
+
+    Processes hear of it at different moments and must stop at the same step: `average` tells all what one has heard.
+    """
+
+    asked = nothing_to_save = False
+
+    def __call__(self, *_):
+        self.asked = True
+        if self.nothing_to_save:
+            raise SystemExit(0)
+
+    @contextlib.contextmanager
+    def saved(self):
+        """Around what takes long (an evaluation) and follows a checkpoint: there the signal ends the process at once."""
+        self.nothing_to_save = True
+        if self.asked:
+            raise SystemExit(0)
+        yield
+        self.nothing_to_save = False
+
+
+def open_log(args, num_params, data, start):
+    """Writes options.json. Returns a function that writes figures {name: number}: to log.jsonl, and where flags say so."""
+    if get_rank() > 0:
+        return None
+    board, run, out = None, None, Path(args.out)
+    try:
+        if args.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            board = SummaryWriter(args.out)
+        if args.wandb:
+            import wandb
+            name = args.out.strip("/.").replace("/", "-")
+            run = wandb.init(project="drifting", id=name, resume="allow", config=vars(args))
+    except ImportError as error:
+        raise ValueError(f"--tensorboard and --wandb need the packages of these names ({error}): pip install them, or leave "
+                         "the option away") from None
+    out.mkdir(parents=True, exist_ok=True)
+    print_options(args, num_params, data, start)
+
+    def log(line):
+        line = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()}
+        with open(out / "log.jsonl", "a") as f:
+            f.write(json.dumps(line) + "\n")
+        figures = {key: value for key, value in line.items() if key != "step" and isinstance(value, (int, float))}
+        for key, value in figures.items() if board else ():
+            board.add_scalar(key, value, line["step"])
+        if run:
+            run.log(figures, step=line["step"])
+
+    return log
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Checkpoints: OUT/step_N/ is config.json + model.safetensors (EMA, loads anywhere) + train_state.safetensors (the rest)
+# The dry run: a recipe's step with nothing at hand
 
-def save_checkpoint(out, step, args, net, ema, optimizer, stage):
+# What the presets' --data holds: kind, shape, classes.
+SHAPES = {"imagenet_latents": ("latents", (4, 32, 32), 1000), "imagenet256": ("pixels", (3, 256, 256), 1000),
+          "cifar10": ("pixels", (3, 32, 32), 10), "digits": ("pixels", (1, 8, 8), 10)}
+
+
+class RandomData(prepare_data.Dataset):
+    """In place of --data: random samples, as many of a class as ImageNet has."""
+
+    def __init__(self, folder):
+        if Path(folder).name not in SHAPES:
+            raise ValueError(f"--dry_run knows what is in {', '.join(SHAPES)}, and not in {folder}")
+        kind, self.shape, classes = SHAPES[Path(folder).name]
+        self.meta = {"kind": kind, "classes": [str(c) for c in range(classes)]}
+        self.labels, self.count = np.repeat(np.arange(classes), 1281), np.full(classes, 1281)
+        self.first, self._epoch = np.arange(classes) * 1281, (None, None)
+
+    def batch(self, ids, rng=None, flip=False, device="cpu"):
+        return torch.randn(len(ids), *self.shape, device=device).clamp_(-1, 1)
+
+
+def random_encoder(name, data):
+    """An encoder of the sizes of a preset, of the published weights of that name, or of ConvNeXt-V2-B."""
+    if "convnextv2" in name:
+        return model.ConvNeXtV2()
+    if name.removeprefix("hf://") not in PRESETS:
+        raise ValueError(f"--dry_run knows the sizes of the presets' encoders, and not of {name}")
+    return EncoderStage.network(parse(["--preset", name.removeprefix("hf://")]), data)
+
+
+def open_vae(args):
+    if not args.dry_run:
+        return model.load_vae(args.vae, args.device, args.vae_chunk, args.compile)
+    from diffusers import AutoencoderKL
+    net = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,  # the SD-VAE's sizes
+                        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+    return model.VAE(net, args.vae_chunk, args.compile).to(args.device)
+
+
+def dry_run(args, stage, update):
+    """One step in which operations are counted (eagerly, with plain attention, which the counter sees), two more timed."""
+    import resource
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    cuda, millions = torch.device(args.device).type == "cuda", lambda net: sum(p.numel() for p in net.parameters()) / 1e6
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+        update(stage.batch(0), 0)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    for step in (1, 2):  # the first may compile
+        began = time.time()
+        update(stage.batch(step), step)[1]()
+    seconds, flops = time.time() - began, counter.get_total_flops()
+    memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    names, encoders = getattr(args, "encoder", ()), getattr(stage, "encoders", ())
+    log_line(f"parameters: {args.stage} {millions(stage.net):.1f}M" + "".join(
+        f", {name} {millions(encoder):.1f}M" for name, encoder in zip(names, encoders)))
+    log_line(f"a step: {flops * world_size() / 1e12:.4g} TFLOP over {world_size()} process(es), {seconds:.3g} s, "
+             f"{flops / seconds / 1e12:.3g} TFLOP/s each; random reals are drawn in it, real ones are not read")
+    log_line(f"memory of a process: {memory / 1e9:.2f} GB " + ("on the GPU at most" if cuda else "resident at most"))
+    log_line(f"{args.steps} steps: {seconds * args.steps / 3600:.2f} h, without pictures, evaluations and checkpoints")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Checkpoints: OUT/step_N/ is config.json + model.safetensors (EMA, loads anywhere), ema_DECAY/ of the other averages alike,
+# train_state.safetensors (the rest), and SHA256SUMS (for `sha256sum --check`)
+
+def save_checkpoint(out, step, args, net, emas, optimizer, bad_steps, stage):
     """Written under a temporary name, synced, renamed: a folder called step_N is whole. The last two are kept."""
     from safetensors.torch import save_file
     folder = out / f"step_{step:08d}"
     partial = folder.with_suffix(".tmp")
     shutil.rmtree(partial, ignore_errors=True)
-    state = {f"net.{name}": p for name, p in net.state_dict().items()}
+    state = {"bad_steps": bad_steps, **{f"net.{name}": p for name, p in net.state_dict().items()}}
     for i, slots in optimizer.state_dict()["state"].items():
         state.update({f"optimizer.{i}.{key}": value for key, value in slots.items()})
-    if getattr(stage, "queue", None):
-        state.update({f"queue.{name}": value for name, value in stage.queue.state_dict().items()})
+    state.update({f"queue.{name}": value for name, value in getattr(stage, "queue_state", {}).items()})
     try:
-        ema.save_pretrained(partial)
+        for place, ema in zip(ema_folders(partial, args), emas):
+            ema.save_pretrained(place)
         save_file({name: t.contiguous() for name, t in state.items()}, partial / "train_state.safetensors",
                   metadata={"step": str(step), "options": json.dumps(vars(args)), "data": stage.data.fingerprint()})
-        for path in [*partial.iterdir(), partial]:
-            handle = os.open(path, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
+        sums = {path.relative_to(partial): sha256(path) for path in sorted(partial.rglob("*")) if path.is_file()}
+        (partial / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+        for path in [*partial.rglob("*"), partial]:
+            sync(path)
         partial.rename(folder)
+        sync(out)
     except Exception as error:  # safetensors has an error of its own for a full disk
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"{folder} could not be saved ({error}); the checkpoints before it are untouched. Make room and run "
                       "again: it resumes") from None
-    for old in sorted(out.glob("step_" + "[0-9]" * 8))[:-2]:
+    for old in checkpoints(out)[2:]:
         shutil.rmtree(old)
 
 
-def load_checkpoint(out, args, net, ema, optimizer, stage):
-    """Continue from the newest checkpoint of the run folder, if there is one. Returns the number of steps done."""
-    from safetensors import SafetensorError, safe_open
+def checkpoints(out):
+    """Newest first."""
+    return sorted(out.glob("step_" + "[0-9]" * 8), reverse=True)
+
+
+def ema_folders(folder, args):
+    return [folder, *(folder / f"ema_{decay}" for decay in args.ema_decay[1:])]
+
+
+def sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sync(path):
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def whole_checkpoint(out):
+    """The newest checkpoint whose files are those that were written, or None. A damaged one is renamed, and named."""
+    for folder in checkpoints(out) if get_rank() == 0 else ():
+        try:
+            sums = {line[66:]: line[:64] for line in (folder / "SHA256SUMS").read_text().splitlines()}
+            wrong = [name for name in {"model.safetensors", "train_state.safetensors", *sums}  # they too may be cut short
+                     if sha256(folder / name) != sums.get(name)]
+        except (OSError, ValueError) as error:
+            wrong = [str(error)]
+        if not wrong:
+            return folder
+        log_line(f"{folder} is damaged ({', '.join(wrong)}): the checkpoint before it is used")
+        shutil.rmtree(folder.with_suffix(".damaged"), ignore_errors=True)
+        folder.rename(folder.with_suffix(".damaged"))
+    if list(out.glob("step_*.damaged")):
+        raise ValueError(f"{out} holds no whole checkpoint, only damaged ones: remove them, and the run starts at step 0")
+
+
+def load_checkpoint(folder, args, net, emas, optimizer, bad_steps, stage):
+    """Continue from a checkpoint. Returns the number of steps done."""
+    from safetensors import safe_open
     from safetensors.torch import load_file
-    folder = model.latest_checkpoint(out)
-    if folder is None:
-        return 0
-    try:
-        with safe_open(folder / "train_state.safetensors", "pt") as f:
-            metadata = f.metadata()
-        state = load_file(folder / "train_state.safetensors", device=args.device)
-        ema_state = load_file(folder / "model.safetensors", device=args.device)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{folder} is damaged ({error}); remove it, and the run resumes from the one before") from None
+    with safe_open(folder / "train_state.safetensors", "pt") as f:
+        metadata = f.metadata()
     if metadata["data"] != stage.data.fingerprint():
-        raise ValueError(f"{out} was trained on other data than {args.data}; choose another --out")
+        raise ValueError(f"{folder} was trained on other data than {args.data}; choose another --out")
     before, now = json.loads(metadata["options"]), vars(args)
     for key in sorted(now):
         if before.get(key) != now[key] and key not in ("device", "out", "data", "encoder"):
-            log_line(f"resuming {out} with --{key} {now[key]}, before {before.get(key)}")
+            log_line(f"resuming {args.out} with --{key} {now[key]}, before {before.get(key)}")
+    places = ema_folders(folder, args)
+    if not all(place.is_dir() for place in places):
+        raise ValueError(f"{folder} has no averages of --ema_decay {args.ema_decay}: resume with {before.get('ema_decay')}")
+    state = load_file(folder / "train_state.safetensors", device=args.device)
     part = lambda prefix: {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}  # noqa: E731
     try:
         net.load_state_dict(part("net."))
-        ema.load_state_dict(ema_state)
+        for ema, place in zip(emas, places):
+            ema.load_state_dict(load_file(place / "model.safetensors", device=args.device))
     except RuntimeError as error:
         raise ValueError(f"{folder} is of another model than these options build; choose another --out "
                          f"({str(error).splitlines()[1].strip():.100}...)") from None
     slots = {}
     for name, value in part("optimizer.").items():
         i, key = name.split(".")
-        slots.setdefault(int(i), {})[key] = value.cpu() if key == "step" else value
+        slots.setdefault(int(i), {})[key] = value.cpu() if key == "step" else value.clone()  # not a view of the file
     optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+    bad_steps.copy_(state["bad_steps"])
     if getattr(stage, "queue", None):
         stage.queue.load_state_dict({k: v.cpu() for k, v in part("queue.").items()})
     return int(metadata["step"])
@@ -550,8 +891,33 @@ def barrier():
 
 
 def all_reduce(sums):
-    dist.all_reduce(sums)
+    if world_size() > 1:
+        dist.all_reduce(sums)
     return sums
+
+
+def gather(value):
+    """Every process's value (pickled: only what the processes of this run made)."""
+    values = [value]
+    if world_size() > 1:
+        dist.all_gather_object(values := [None] * world_size(), value)
+    return values
+
+
+def together(function, *args, **kwargs):
+    """function(...) on every process. Where it fails on one, all stop with that one's line, instead of waiting for it."""
+    try:
+        result, error = function(*args, **kwargs), None
+    except (OSError, ValueError) as caught:
+        result, error = None, caught
+    errors = [text for text in gather(error and str(error)) if text]
+    if errors:
+        raise Shared(errors[0]) if world_size() > 1 else error
+    return result
+
+
+class Shared(ValueError):
+    """An error that all processes have heard of: one of them prints it."""
 
 
 def mean_over_processes(value, device):
@@ -569,11 +935,12 @@ if __name__ == "__main__":
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if cuda else "gloo")
+        # The timeout bounds how long others wait for a process that is lost; a checkpoint is written within it.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=10))
     try:
         main(sys.argv[1:])
     except (OSError, ValueError) as error:
-        raise SystemExit(f"train.py: {error}") from None
+        raise SystemExit(1 if isinstance(error, Shared) and get_rank() > 0 else f"train.py: {error}") from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -186,13 +186,13 @@ def test_a_pixel_encoder_drives_a_generator_of_latents(latents, vae_folder):
     torch.manual_seed(0)
     stage = train.GeneratorStage(args, prepare_data.Dataset("data"))
     torch.nn.init.normal_(stage.net.final_linear.weight, std=0.1)  # zero would hide everything
-    stage.loss(0)[0].backward()
+    stage.backward(stage.batch(0), 0)
     ours = stage.net.final_linear.weight.grad.clone()
     stage.net.zero_grad()
 
     from diffusers import AutoencoderKL
     vae, encoder = AutoencoderKL.from_pretrained(vae_folder).eval(), model.load_encoder(FIXTURES / "convnextv2_tiny")
-    labels, alpha, noise, style, pos, uncond = stage.batch(0)
+    labels, alpha, noise, style, pos, uncond, _ = stage.batch(0)
 
     def features(x):
         found = {"global": x.permute(0, 2, 3, 1).flatten(1)[:, None], **encoder.features(vae.decode(x / 0.18215).sample)}
