@@ -209,18 +209,20 @@ class EncoderStage:
 
     def __init__(self, args, data):
         self.args, self.data = args, data
-        parts, h = world_size() * args.micro_batches, data.shape[1] // (8 if args.to_latents else 1)
+        self.latents = data.meta["kind"] == "latents"
+        self.online = args.to_latents and not self.latents  # images go through the VAE in every step
+        self.cropped = args.crop_scale < 1 and not self.latents
+        if self.latents and args.crop_scale < 1 and data.meta.get("views") != "crops":
+            raise ValueError(f"{args.data} holds latents of whole images, and the crops of --crop_scale are taken before the VAE "
+                             "(A.3): give the images, or latents prepared with --crops")
+        parts, h = world_size() * args.micro_batches, data.shape[1] // (8 if self.online else 1)
         factor = args.input_patch_size * 2 ** (len(args.layers) - 1)
         if args.batch_size % parts or h % factor or h // args.input_patch_size % 2:
             raise ValueError(f"--batch_size must be divisible by {parts} (processes times --micro_batches), and images of "
                              f"{h} pixels by {factor} and twice --input_patch_size")
-        self.latents = data.meta["kind"] == "latents"
-        if self.latents and (args.to_latents or args.crop_scale < 1):
-            raise ValueError(f"{args.data} holds latents: --to_latents and --crop_scale are for pixels, since images are "
-                             "cropped before they are encoded (A.3)")
         self.net = self.network(args, data)
         self.forward = torch.compile(self.net) if args.compile else self.net
-        self.vae = open_vae(args) if args.to_latents else None
+        self.vae = open_vae(args) if self.online else None
 
     @staticmethod
     def network(args, data):
@@ -232,13 +234,13 @@ class EncoderStage:
         args, n, share = self.args, self.args.batch_size, self.args.batch_size // world_size()
         rng = np.random.default_rng([args.seed, step])
         ids = self.data.fresh(step * n, n, args.seed)
-        crops, flips = random_crops(n, args.crop_scale, rng), rng.random(n) < (0.5 if args.crop_scale < 1 else 0)
+        crops, flips = random_crops(n, args.crop_scale, rng), rng.random(n) < (0.5 if self.cropped else 0)
         grid = self.data.shape[1] // (8 if self.vae else 1) // args.input_patch_size // self.net.patch_size
         mask = torch.from_numpy((rng.random((n, grid, grid)) < 0.5).astype(np.float32))
         mine = np.arange(share * get_rank(), share * (get_rank() + 1))[:most]
         seeds = rng.integers(1 << 63, size=n)[mine]  # of latents, drawn anew at every visit
         x = self.data.batch(ids[mine], seeds, flip=self.latents, device=args.device)
-        if args.crop_scale < 1:
+        if self.cropped:
             x = crop_resize(x, crops[mine], flips[mine])
         if self.vae:
             mean, std = self.vae.encode(x)
@@ -537,7 +539,8 @@ def main(argv):
         if done % args.log_every == 0 or done in (1, args.steps):
             values = {key: mean_over_processes(value, args.device) for key, value in values.items()}
             if main_process:
-                log({"step": done, "seconds": round(time.time() - began, 2), "waited_for_data": round(waited, 2), **values, "skipped": bad_steps[1].item()})
+                log({"step": done, "seconds": round(time.time() - began, 2), "waited_for_data": round(waited, 2), **values,
+                     "skipped": bad_steps[1].item()})
                 progress.set_postfix_str(f"loss {values['loss']:.3f}")
         if main_process and (done % args.sample_every == 0 or done in (1, args.steps)):
             with torch.no_grad():

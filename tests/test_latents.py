@@ -233,3 +233,22 @@ def test_init_from_starts_from_a_checkpoint(latents, vae_folder, mae_artifact):
     train.main([*command, "--out", "run", "--steps", "2", "--init_from", "start"])
     assert model.latest_checkpoint("run").name == "step_00000002"
     assert not all((p - start.state_dict()[name]).abs().max() < 1.2e-5 for name, p in model.load_generator("run").state_dict().items())
+
+
+def test_an_encoder_of_latents_learns_from_cached_crops(latents):
+    """Views of one image take turns; latents of whole images are refused where the recipe crops before the VAE."""
+    command = ["--stage", "encoder", "--data", "data", "--out", "e", "--to_latents", "--crop_scale", "0.2", "--base_channels", "8",
+               "--layers", "1", "1", "--batch_size", "24", "--steps", "1", "--device", "cpu"]
+    with pytest.raises(ValueError, match="latents of whole images.*--crops"):
+        train.main(command)
+    meta = json.loads((latents / "data/train/meta.json").read_text())
+    (latents / "data/train/meta.json").write_text(json.dumps({**meta, "views": "crops"}))
+    data = prepare_data.Dataset("data")
+    stage = train.EncoderStage(train.parse(command), data)
+    (x, labels, _), ids = stage.batch(0), data.fresh(0, 24, 0)
+    assert x.shape == (24, 4, 8, 8) and labels.tolist() == data.labels[ids].tolist()
+    views = torch.from_numpy(data.images[ids, :, :4]).float()                                    # n views c h w
+    nearest = (x[:, None] - views).square().mean((2, 3, 4))
+    assert nearest.min(1).values.max() < 0.05  # drawn with the posterior's std of 0.1
+    assert 4 < nearest.argmin(1).sum() < 20    # of 24, from either view
+    train.main(command)
