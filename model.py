@@ -455,10 +455,14 @@ def load_vae(path="hf://stabilityai/sd-vae-ft-mse", device="cpu", chunk=16, comp
     from diffusers.utils import logging
     logging.set_verbosity_error()
     try:
-        net = AutoencoderKL.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
+        net, found = AutoencoderKL.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False,
+                                                   output_loading_info=True)
+        wrong = [f"{kind.split('_')[0]} {', '.join(map(str, names))[:100]}" for kind, names in found.items() if names]
+        if wrong:  # diffusers would fill them with random numbers
+            raise ValueError(f"weights {'; '.join(wrong)}")
     except Exception as error:  # diffusers and safetensors have many kinds for a folder that is not whole
         raise ValueError(f"{path}: no AutoencoderKL in diffusers' format ({_one_line(error)})") from None
-    if abs(net.config.scaling_factor - LATENT_SCALE) > 1e-6:
+    if net.config.scaling_factor != LATENT_SCALE:
         raise ValueError(f"{path}: its latents are scaled by {net.config.scaling_factor}, these models' by {LATENT_SCALE}")
     return VAE(net, chunk, compile).to(device)
 
@@ -542,13 +546,14 @@ def resolve(path, *alternatives):
     wanted = " or ".join(" + ".join(files) for files in alternatives)
     if not str(path).startswith("hf://"):
         folder = latest_checkpoint(path) or Path(path)
-        if any((folder / files[0]).is_file() for files in alternatives):
+        if any(_holds(folder, files) for files in alternatives):
             return folder
-        raise FileNotFoundError(f"{path}: no model there ({wanted}, or a run folder holding step_* folders). On the Hub it is "
+        raise FileNotFoundError(f"{path}: no model there (wanted {wanted}, in it or in its newest step_*); on the Hub it is "
                                 "hf://NAME or hf://USER/REPO")
     from huggingface_hub import hf_hub_download
     from huggingface_hub import errors
     address, _, revision = str(path)[5:].partition("@")
+    address = address.strip("/")
     if address in PUBLISHED:
         address, alternatives = f"{HUB_REPO}/{PUBLISHED[address]}", [FLAX_FILES]
     user, repo, subfolder = (address.split("/", 2) + ["", ""])[:3]
@@ -577,28 +582,33 @@ def resolve(path, *alternatives):
         raise FileNotFoundError(f"{path}: no repository {user}/{repo} on the Hub, or a private one: `hf auth login`, or set "
                                 "HF_TOKEN") from None
     except Exception as error:  # of the network, of a disk without room, of a name that cannot be one
+        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+            raise OSError(f"{path}: the Hub refuses access ({_one_line(error)}): is HF_TOKEN, or what `hf auth login` keeps, "
+                          "of an account that may read it?") from None
         raise OSError(f"{path}: {name} could not be downloaded ({_one_line(error)}); run again") from None
+
+
+def _holds(folder, files):
+    return all((folder / name).is_file() for name in files)
 
 
 def _load(path, keep_converted, kinds):
     folder = resolve(path, OUR_FILES, FLAX_FILES)
-    if (folder / "config.json").is_file():
+    ours = _holds(folder, OUR_FILES)
+    if ours:
         config = _read_json(folder / "config.json")
-        cls = kinds.get(config.get("model_type"), next(iter(kinds.values())))
-        state = _read_safetensors(folder / "model.safetensors")
+        cls = kinds.get(str(config.get("model_type")), next(iter(kinds.values())))
         if cls is ConvNeXtV2:
             if config.get("hidden_act", "gelu") != "gelu":
                 raise ValueError(f"{path}: hidden_act is {config['hidden_act']}, and only gelu is built here")
             config = {key: value for key, value in config.items() if key in inspect.signature(cls).parameters}
-            state = {name.removeprefix("convnextv2."): p for name, p in state.items() if not name.startswith("classifier.")}
     else:
         metadata = _read_json(folder / "metadata.json")
-        kind, form = metadata.get("kind"), metadata.get("format")
-        if kind not in kinds or form != "flax.msgpack":
+        kind, form = str(metadata.get("kind")), metadata.get("format")
+        if kind not in kinds or form != "flax.msgpack" or not isinstance(metadata.get("model_config"), dict):
             raise ValueError(f"{path}: its metadata.json says kind {kind}, format {form}; wanted is {' or '.join(kinds)}, "
-                             "flax.msgpack")
-        cls, config = kinds[kind], _flax_config(metadata["model_config"])
-        state = _read_converted(folder, cls, config, keep_converted and str(path).startswith("hf://"))
+                             "flax.msgpack, and a model_config")
+        cls, config = kinds[kind], _flax_config(metadata["model_config"], path)
 
     unknown = sorted(config.keys() - inspect.signature(cls).parameters.keys())
     if unknown:
@@ -606,23 +616,33 @@ def _load(path, keep_converted, kinds):
     try:
         with torch.device("meta"):  # no memory, no initialisation: the file's tensors become the parameters
             model = cls(**config)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its config does not build a {cls.__name__} ({error})") from None
-    wanted = {name: list(p.shape) for name, p in model.state_dict().items()}
-    found = {name: list(p.shape) for name, p in state.items()}
+    except Exception as error:  # whatever a number that makes no sense leads to
+        raise ValueError(f"{path}: its config does not build a {cls.__name__} ({_one_line(error)})") from None
+    wanted = _shapes(model.state_dict())
+    if ours:
+        state = _read_safetensors(folder / "model.safetensors")
+        if cls is ConvNeXtV2:
+            state = {name.removeprefix("convnextv2."): p for name, p in state.items() if not name.startswith("classifier.")}
+    else:
+        state = _read_artifact(folder, cls, config, wanted, keep_converted and str(path).startswith("hf://"))
+    found = _shapes(state)
     wrong = [f"{name} is {found.get(name, 'missing')}, should be {wanted.get(name, 'absent')}"
              for name in sorted(wanted.keys() | found.keys()) if wanted.get(name) != found.get(name)]
     if wrong:
         raise ValueError(f"{path}: {len(wrong)} parameters do not fit its config: {'; '.join(wrong[:5])}")
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict({name: p.float() for name, p in state.items()}, assign=True)  # float32, however they were saved
     return model.eval()
+
+
+def _shapes(state):
+    return {name: list(p.shape) for name, p in state.items()}
 
 
 def _read_json(path):
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged ({error}); copy or download it again") from None
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged ({_one_line(error)}); copy or download it again") from None
 
 
 def _read_safetensors(path):
@@ -634,29 +654,47 @@ def _read_safetensors(path):
         raise ValueError(f"{path}: missing or damaged ({error}); copy or download it again") from None
 
 
-def _read_converted(folder, cls, config, keep):
-    """State dict of an artifact. keep: from, or else into, a copy in our format among huggingface_hub's assets."""
-    source, names = folder / "ema_params.msgpack", FLAX_GENERATOR_NAMES if cls is Generator else FLAX_MAE_NAMES
+def _read_artifact(folder, cls, config, wanted, keep):
+    """State dict of the authors' artifact. keep: from a copy in our format among huggingface_hub's assets, made if need be."""
+    from contextlib import ExitStack
+
+    def convert():
+        names = FLAX_GENERATOR_NAMES if cls is Generator else FLAX_MAE_NAMES
+        return _flax_state_dict(read_flax(folder / "ema_params.msgpack"), names)
+
     if not keep:
-        return _flax_state_dict(read_flax(source), names)
+        return convert()
     from huggingface_hub import cached_assets_path
     from huggingface_hub.utils import WeakFileLock
-    repository, _, *place = folder.parts[folder.parts.index("snapshots") - 1:]  # the commit is in it: bytes never change
-    copy = cached_assets_path("drifting", repository, "--".join(place))
-    with WeakFileLock(copy / ".lock"):  # of many processes, one converts
+    from safetensors.torch import save_file
+    at = max(i for i, part in enumerate(folder.parts) if part == "snapshots")  # models--USER--REPO/snapshots/COMMIT/...:
+    try:                                                                       # the bytes of a commit never change
+        copy = cached_assets_path("drifting", folder.parts[at - 1], "--".join(("v1", *folder.parts[at + 1:])))
+    except (OSError, ValueError) as error:  # a cache that cannot be written to
+        print(f"no converted copy kept ({_one_line(error)})", file=sys.stderr)
+        return convert()
+    with ExitStack() as stack:
         try:
-            return _read_safetensors(copy / "model.safetensors")
-        except ValueError:  # not there yet, or damaged
-            state = _flax_state_dict(read_flax(source), names)
+            stack.enter_context(WeakFileLock(copy / ".lock"))  # of many processes, one converts
+        except OSError:  # cannot be written to, but perhaps read
+            pass
         try:
-            from safetensors.torch import save_file
-            save_file(state, copy / "model.tmp")
-            (copy / "config.json").write_text(json.dumps(config))
-            (copy / "model.tmp").replace(copy / "model.safetensors")
-            return _read_safetensors(copy / "model.safetensors")  # as next time: rounding depends on where weights lie in memory
-        except Exception as error:  # no room: the next start decodes again
-            (copy / "model.tmp").unlink(missing_ok=True)
-            print(f"{copy}: no converted copy kept ({_one_line(error)})", file=sys.stderr)
+            state = _read_safetensors(copy / "model.safetensors")
+            if _shapes(state) == wanted:
+                return state
+        except (OSError, ValueError):  # not there yet, or damaged
+            pass
+        state = convert()
+        if _shapes(state) == wanted:  # else `_load` says what is wrong
+            try:
+                save_file(state, copy / "model.tmp")
+                (copy / "config.json").write_text(json.dumps(config))
+                (copy / "model.tmp").replace(copy / "model.safetensors")
+                return _read_safetensors(copy / "model.safetensors")  # as next time: rounding depends on where weights lie
+            except Exception as error:  # no room: the next start decodes again
+                print(f"{copy}: no converted copy kept ({_one_line(error)})", file=sys.stderr)
+                if (copy / "model.tmp").exists():
+                    (copy / "model.tmp").unlink()
     return state
 
 
@@ -686,31 +724,35 @@ FLAX_GENERATOR_NAMES = [
 FLAX_MAE_NAMES = [(r"(stages|layers)_(\d+)/", r"\1.\2."), (r"/", ".")]
 
 
-def _flax_config(config):
+def _flax_config(config, path="model_config"):
     """A published model_config as our constructor's arguments. ValueError names a choice that is not built here."""
     for key, value in FLAX_FIXED.items():
         if config.get(key, value) != value:
-            raise ValueError(f"model_config has {key} = {config[key]}, and only {value} is built here")
+            raise ValueError(f"{path}: model_config has {key} = {config[key]}, and only {value} is built here")
     return {key: value for key, value in config.items() if key not in FLAX_FIXED and key not in FLAX_IGNORED}
 
 
 def _flax_state_dict(params, names):
     """{flax path: array} -> our state dict. flax kernels are (in, out) and (h, w, in, out); ours (out, in, [h, w])."""
-    state, styles = {}, {}
+    state = {}
     for path in list(params):
         array, name = params.pop(path).float(), path  # popped: a converted array's original is freed at once
         for pattern, ours in names:
             name = re.sub(pattern, ours, name)
-        if name.endswith("kernel"):
+        if name.endswith("kernel") and array.ndim in (2, 4):
             array = array.permute(*((1, 0) if array.ndim == 2 else (3, 2, 0, 1)))
         name = re.sub(r"(kernel|scale|embedding)$", "weight", name)
-        if name.startswith("style_embed."):
-            styles[int(name.split(".")[1])] = array
-        else:
-            state[name] = array.clone(memory_format=torch.contiguous_format)
-    if styles:
-        state["style_embed"] = torch.stack([styles[i] for i in sorted(styles)])
+        if name in state:
+            raise ValueError(f"{path}: a second array for {name}")
+        state[name] = array.clone(memory_format=torch.contiguous_format)
+    styles = [f"style_embed.{i}" for i in range(sum(name.startswith("style_embed.") for name in state))]
+    if styles and len({tuple(state[name].shape) if name in state else None for name in styles}) == 1 and styles[0] in state:
+        state["style_embed"] = torch.stack([state.pop(name) for name in styles])  # else the check of shapes names them
     return state
+
+
+FLAX_DTYPES = ("bool", "bfloat16", "float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16",
+               "uint32", "uint64")
 
 
 def read_flax(path):
@@ -727,8 +769,12 @@ def read_flax(path):
             raise ValueError(f"ext type {code}")
         mapped.madvise(mmap.MADV_DONTNEED)  # pages of the file that have been read need not stay in memory
         shape, dtype, raw = msgpack.unpackb(data)
-        dtype = getattr(torch, {"V2": "bfloat16"}.get(dtype, dtype))  # V2: as older flax names it
-        return torch.frombuffer(raw, dtype=dtype).reshape(tuple(shape)) if raw else torch.empty(shape, dtype=dtype)
+        dtype = {"V2": "bfloat16"}.get(dtype, dtype)  # V2: as older flax names it
+        if dtype not in FLAX_DTYPES or min(shape, default=0) < 0 or len(raw) != math.prod(shape) * getattr(torch, dtype).itemsize:
+            raise ValueError(f"{len(raw)} bytes for an array {shape} of {dtype}")
+        if not raw:
+            return torch.empty(shape, dtype=getattr(torch, dtype))
+        return torch.frombuffer(raw, dtype=getattr(torch, dtype)).reshape(tuple(shape))
 
     def flatten(tree, prefix=""):
         for key, value in tree.items():
@@ -747,7 +793,10 @@ def read_flax(path):
         with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as mapped, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, that bytes cannot be written to
             tree = msgpack.unpackb(mapped, ext_hook=array, strict_map_key=True)
-        return dict(flatten(tree))
+        arrays = list(flatten(tree))
+        if len(dict(arrays)) < len(arrays):
+            raise ValueError("two arrays of one path")
+        return dict(arrays)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: not found; the authors' artifact is {' + '.join(FLAX_FILES)}") from None
     except Exception as error:  # msgpack raises a dozen kinds for bytes that are not what they should be

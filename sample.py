@@ -9,6 +9,7 @@
 Image i is of class classes[i % len(classes)] and depends on (seed, i) alone, not on the other images or processes.
 """
 import argparse
+import math
 import os
 import time
 import zipfile
@@ -48,6 +49,8 @@ def generate(generator, labels, indices, cfg_scale=1.0, temperature=1.0, seed=0,
                 x = vae.decode(x)
                 clock("decoder")
             images.append(x.cpu())
+            if not images[-1].isfinite().all():
+                raise ValueError("the generator or decoder gives numbers that are not finite: its weights are damaged")
     return torch.cat(images)
 
 
@@ -111,7 +114,7 @@ def parse(argv=None):
                                      allow_abbrev=False)
     parser.add_argument("--ckpt", required=True, help="run or checkpoint folder, folder of the authors' artifact, or on the Hub "
                         "hf://NAME or hf://USER/REPO[/SUBFOLDER][@REVISION]")
-    parser.add_argument("--classes", type=int, nargs="+", help="class numbers (default: the first ten)")
+    parser.add_argument("--classes", type=int, nargs="+", help="class numbers (default: all; of a grid the first ten)")
     parser.add_argument("--cfg_scale", type=float, nargs="+", default=[1.0], help="guidance alpha, 1 to 4; several give a "
                         "grid of one labelled row each (default: 1.0)")
     parser.add_argument("--style", choices=STYLES, nargs="+", default=["free"], help="free: every image its own noise and style "
@@ -132,8 +135,14 @@ def parse(argv=None):
     parser.add_argument("--no_converted_copy", action="store_true", help="keep no safetensors copy of published weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     args = parser.parse_args(argv)
+    if Path(args.out).suffix not in ("", ".png", ".npz"):
+        parser.error(f"--out {args.out}: X.png, X.npz, or a folder, whose name has no dot")
     if len(args.cfg_scale) * len(args.style) > 1 and not args.out.endswith(".png"):
         parser.error("several --cfg_scale or --style are rows of a grid: --out X.png")
+    if not all(map(math.isfinite, [*args.cfg_scale, args.temperature])) or args.seed < 0:
+        parser.error("--cfg_scale and --temperature must be finite, --seed not negative")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: torch sees no GPU here")
     for name in ("num_images", "batch_size", "vae_chunk"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
@@ -148,7 +157,7 @@ def run(args):
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     generator = load_generator(args.ckpt, not args.no_converted_copy).to(args.device)
-    classes = args.classes or list(range(min(10, generator.num_classes)))
+    classes = args.classes or list(range(min(10, generator.num_classes) if args.out.endswith(".png") else generator.num_classes))
     if not all(0 <= c < generator.num_classes for c in classes):
         raise ValueError(f"--classes: this generator knows 0 to {generator.num_classes - 1}")
     latents, channels, size = generator.out_channels not in (1, 3), generator.out_channels, generator.input_size
@@ -163,7 +172,8 @@ def run(args):
     rows = [(alpha, style) for style in args.style for alpha in args.cfg_scale]
     n = args.num_images or (8 * len(classes) if len(rows) == 1 else -(-8 // len(classes)) * len(classes))
     work = [(row, i) for row in range(len(rows)) for i in range(n)][rank::world]
-    output, seconds, began = Output(args.out, (len(rows) * n, size, size, channels), rank), {}, time.time()
+    names = [name(i, classes[i % len(classes)]) for i in range(n)]
+    output, seconds, began = Output(args.out, (len(rows) * n, size, size, channels), names, rank), {}, time.time()
     with tqdm(total=len(work), disable=rank > 0, unit=" images") as progress:
         while work:
             row = work[0][0]
@@ -186,16 +196,22 @@ def run(args):
 class Output:
     """Where images go: PNGs of a folder, or one file, which all processes fill through a memmap: 50,000 need no memory."""
 
-    def __init__(self, path, shape, rank):
+    def __init__(self, path, shape, names, rank):
         self.path, self.rank, self.images = Path(path), rank, None
         self.scratch = self.path.with_name(self.path.name + ".tmp.npy")
-        if rank == 0:
-            (self.path.parent if self.path.suffix in (".png", ".npz") else self.path).mkdir(parents=True, exist_ok=True)
-            if self.path.suffix in (".png", ".npz"):
+        if self.path.suffix:
+            if rank == 0:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
                 np.lib.format.open_memmap(self.scratch, "w+", np.uint8, shape)
-        barrier()
-        if self.path.suffix in (".png", ".npz"):
+                with open(self.scratch, "r+b") as f:  # a full disk is noticed now, not by a signal while images are written
+                    os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
+            barrier()
             self.images = np.lib.format.open_memmap(self.scratch, "r+")
+        else:
+            others = sorted({p.name for p in self.path.glob("*.png")} - set(names))
+            if others:
+                raise ValueError(f"{path} holds images of another run ({others[0]}): another --out, or remove them")
+            self.path.mkdir(parents=True, exist_ok=True)
 
     def write(self, places, labels, images):
         """uint8 [n, H, W, C] to the places of their numbers."""
@@ -204,9 +220,9 @@ class Output:
             self.images[places] = images
             return
         for place, label, image in zip(places, labels, images):
-            partial = self.path / f"{place:06d}_{label}.tmp"
+            partial = self.path / f"{place}.tmp"
             Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(partial, format="PNG")
-            partial.replace(partial.with_suffix(".png"))
+            partial.replace(self.path / name(place, label))
 
     def finish(self, columns, labels):
         if self.images is not None:
@@ -222,6 +238,11 @@ class Output:
         else:
             save_grid(torch.from_numpy(np.asarray(self.images)).permute(0, 3, 1, 2), columns, self.path, labels=labels)
         self.scratch.unlink()
+
+
+def name(place, label):
+    """Of image number `place`, of class `label`, in a folder."""
+    return f"{place:06d}_{label}.png"
 
 
 def barrier():

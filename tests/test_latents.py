@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import model
 import prepare_data
@@ -69,7 +70,7 @@ def test_never_more_than_a_chunk_is_decoded(vae_folder):
 
 
 def test_what_is_no_vae_is_refused(vae_folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no model there .config.json . diffusion_pytorch_model.safetensors"):
+    with pytest.raises(FileNotFoundError, match="no model there .wanted config.json . diffusion_pytorch_model.safetensors"):
         model.load_vae(tmp_path)
     for name in model.VAE_FILES:
         (tmp_path / name).write_bytes((vae_folder / name).read_bytes())
@@ -78,6 +79,11 @@ def test_what_is_no_vae_is_refused(vae_folder, tmp_path):
     with pytest.raises(ValueError, match="scaled by 0.13025, these models' by 0.18215"):
         model.load_vae(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = load_file(vae_folder / model.VAE_FILES[1])
+    del weights["decoder.conv_in.weight"]
+    save_file(weights, tmp_path / model.VAE_FILES[1])
+    with pytest.raises(ValueError, match="weights missing decoder.conv_in.weight"):  # else random numbers in its place
+        model.load_vae(tmp_path)
     (tmp_path / model.VAE_FILES[1]).write_bytes((vae_folder / model.VAE_FILES[1]).read_bytes()[:-100])
     with pytest.raises(ValueError, match="no AutoencoderKL in diffusers' format"):
         model.load_vae(tmp_path)
@@ -133,6 +139,24 @@ def test_labelled_rows_of_alphas_and_styles(vae_folder, tmp_path):
             assert np.abs(tile.astype(int) - expected).max() <= 1, (style, alpha, i)
     with pytest.raises(SystemExit):
         sample.parse(["--ckpt", "x", "--cfg_scale", "1", "2", "--out", "folder"])
+
+
+def test_many_images_are_of_all_classes_and_folders_are_not_mixed(tmp_path):
+    torch.manual_seed(0)
+    model.Generator(8, 3, None, 2, 32, 1, 2, num_classes=20, n_cls_tokens=1).save_pretrained(tmp_path / "g")
+    run_sample("--ckpt", tmp_path / "g", "--num_images", 40, "--out", tmp_path / "folder", "--device", "cpu")
+    assert sorted(os.listdir(tmp_path / "folder")) == [f"{i:06d}_{i % 20}.png" for i in range(40)]
+    run_sample("--ckpt", tmp_path / "g", "--num_images", 40, "--out", tmp_path / "folder", "--device", "cpu")  # again
+    for options in (["--num_images", 39], ["--num_images", 40, "--classes", 3]):
+        with pytest.raises(ValueError, match="holds images of another run"):
+            run_sample("--ckpt", tmp_path / "g", *options, "--out", tmp_path / "folder", "--device", "cpu")
+    for wrong in (["--out", "x.jpg"], ["--seed", "-1"], ["--cfg_scale", "nan"]):
+        with pytest.raises(SystemExit):
+            sample.parse(["--ckpt", "g", *wrong])
+    damaged = model.load_generator(tmp_path / "g")
+    torch.nn.init.constant_(damaged.final_linear.bias, float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        sample.generate(damaged, [0], [0])
 
 
 def test_one_command_from_the_hub_to_a_grid(vae_folder, tmp_path):

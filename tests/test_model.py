@@ -236,11 +236,38 @@ def artifact(tmp_path, change_config=lambda c: None, change_params=lambda p: Non
     (lambda c: None, lambda p: p.update(note="text"), "note holds a str"),
     (lambda c: None, lambda p: p.update(code=msgpack.ExtType(5, b"x")), "ext type 5"),
     (lambda c: None, lambda p: p.update(code=flax_array(np.zeros(2, np.float32), "object")), "not a flax msgpack"),
-    (lambda c: None, lambda p: p.update(code=flax_array(np.zeros(2, np.float32), "float64")), "not a flax msgpack"),
+    (lambda c: None, lambda p: p.update(code=flax_array(np.zeros(2, np.float32), "float64")), "8 bytes for an array"),
+    (lambda c: None, lambda p: p.update(code=flax_array(np.zeros(2, np.float32), "qint8")), "of qint8"),  # torch would crash
+    (lambda c: None, lambda p: p.update(code=msgpack.ExtType(1, msgpack.packb(((7, 48), "float32", b"")))), "0 bytes for an"),
+    (lambda c: None, lambda p: p.update({"noise_embeds_9/embedding": p.pop("noise_embeds_2/embedding")}), "style_embed is missing"),
+    (lambda c: None, lambda p: p.update({"noise_embeds_1/embedding": np.zeros((5, 47), np.float32)}), "style_embed is missing"),
+    (lambda c: None, lambda p: p.update({"foo/kernel": np.zeros(7, np.float32)}), "foo/weight is .7., should be absent"),
+    (lambda c: None, lambda p: p.update({"class_embed.weight": np.zeros(7, np.float32)}), "a second array for class_embed.weight"),
+    (lambda c: c.update(num_heads=0), lambda p: None, "does not build a Generator"),
 ])
 def test_what_does_not_fit_is_named(tmp_path, config, params, message):
     with pytest.raises(ValueError, match=message):
         model.load_generator(artifact(tmp_path, config, params))
+
+
+@pytest.mark.parametrize("name, text", [("metadata.json", "[]"), ("metadata.json", "null"), ("metadata.json", "{"),
+                                        ("metadata.json", '{"kind": ["gen"], "format": "flax.msgpack", "model_config": {}}'),
+                                        ("metadata.json", '{"kind": "gen", "format": "flax.msgpack"}'),
+                                        ("config.json", "[" * 10**5)])
+def test_json_that_says_nothing_is_one_line(tmp_path, name, text):
+    folder = artifact(tmp_path)
+    if name == "config.json":
+        model.load_generator(folder).save_pretrained(folder)
+    (folder / name).write_text(text)
+    with pytest.raises(ValueError, match="damaged|metadata.json says") as error:
+        model.load_generator(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_sixteen_bit_weights_are_used_in_float32(tmp_path):
+    generator = model.load_generator(FIXTURES / "gen_latent_tiny")
+    generator.bfloat16().save_pretrained(tmp_path)
+    assert {p.dtype for p in model.load_generator(tmp_path).parameters()} == {torch.float32}
 
 
 def test_damaged_or_foreign_files_give_one_line(tmp_path, mae_artifact):
