@@ -31,7 +31,7 @@ TEMPERATURES = (0.02, 0.05, 0.2)  # A.6
 def drift_loss(gen, pos, neg=None, weight_neg=None, **options):
     """The drifting loss of one feature (sec. 3.2-3.4, A.6): value |V|^2, gradient -2 V / numel, nothing through V.
 
-    gen [B, G, C], pos [B, P, C], neg [B, U, C] with weight_neg [B, U]; computed in float32 whatever comes in.
+    gen [B, G, C], pos [B, P, C], neg [B, U, C] with weight_neg [B, U]; computed in float32 at least.
     options: those of `drifting_field`.
     Returns (loss [B], differentiable in gen; info of scalars: `scale`, and `force_TAU`, the mean squared force before
     it is normalised. Watch the latter: the loss itself is pinned near its start by that normalisation).
@@ -107,7 +107,7 @@ def drifting_field(gen, pos, neg, weight_neg, temperatures=TEMPERATURES, kernel=
     attraction,  multipliers of V+ and V- (Table 1). Unequal ones break the anti-symmetry, and training: FID 8.46 -> 41
     repulsion    at attraction 1.5.
     reduce       makes the field of a batch in pieces equal to that of the whole. It takes a float64 vector of sums over
-                 this piece and returns the sums over all pieces (under torchrun: an all-reduce). Two calls.
+                 this piece and returns the sums over all pieces (under torchrun: an all-reduce). Two calls a shape.
     Returns (force [f, labels * T, G, C] in the scaled space, the size `unit` [f] of that space's unit, info of [f] each).
 
     All is done in chunks of entries (labels and locations). Of the whole batch only the distances are kept, and of each

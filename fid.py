@@ -335,10 +335,16 @@ def open_reference(extractor, ref=None, data=None, batch_size=64):
         if prefix + "mu" not in file or prefix + "sigma" not in file:
             raise ValueError(f"{ref} holds no statistics: wanted mu and sigma, or ref_mu and ref_sigma, found "
                              f"{', '.join(file.files)}; `fid.py ref --data IMAGES` makes them")
-        mu, sigma = (torch.tensor(file[prefix + name], dtype=torch.float64) for name in ("mu", "sigma"))
+        try:
+            mu, sigma = (torch.tensor(file[prefix + name], dtype=torch.float64) for name in ("mu", "sigma"))
+            real = torch.tensor(file["real"], dtype=torch.float32) if "real" in file else None
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{ref}: no numbers ({error})") from None
         wanted = mu.shape[:1] if extractor.fc is None else extractor.fc.shape[1:]
         if mu.shape != wanted or sigma.shape != wanted * 2 or not mu.isfinite().all() or not torch.allclose(sigma, sigma.T):
             raise ValueError(f"{ref}: mu {list(mu.shape)} and sigma {list(sigma.shape)} are no features' mean, covariance")
+        if real is not None and (real.shape[1:] != wanted or len(real) < 4 or not real.isfinite().all()):
+            raise ValueError(f"{ref}: real {list(real.shape)} are no features of real images")
         # The prefix is MeanFlow's; sFID statistics (mu_s) are in ADM's files only; mu and sigma alone can be either's.
         known = {"features": "inception", "resize": "half" if prefix else "tf1" if "mu_s" in file else ""}
         for key, made in known.items():
@@ -348,18 +354,23 @@ def open_reference(extractor, ref=None, data=None, batch_size=64):
                                  f"Change --{key} (in training --eval_{key}), or make a reference with `fid.py ref`")
         with open(ref, "rb") as raw:
             digest = hashlib.file_digest(raw, "sha256").hexdigest()
-        reference = {"mu": mu, "sigma": sigma, "real": torch.tensor(file["real"]) if "real" in file else None,
+        reference = {"mu": mu, "sigma": sigma, "real": real,
                      "ref": Path(ref).name, "ref_sha256": digest}
         source = data or (ref if "arr_0" in file else None)
     if source:
         count, read = open_images(source)
         spread = lambda n: [i * count // n for i in range(n)]  # noqa: E731  (the first ones would be of few classes)
         chosen = spread(min(count, REAL_FOR_PRECISION))
+        if count < 4:
+            raise ValueError(f"{source} holds {count} images, too few to compare with")
         rows = gather_features(read, chosen if ref else range(count), extractor, batch_size, "real images")
         if not ref:
             some = str(count).encode() + read(spread(64)).numpy().tobytes()
             reference.update(num_images=count, ref_sha256=hashlib.sha256(some).hexdigest())
             if rows is not None:
+                if len(rows[0]) > 8192:
+                    raise ValueError(f"--features {extractor.features}: {len(rows[0])} numbers an image are too many for a "
+                                     "covariance; take an encoder's or Inception's")
                 reference["mu"], reference["sigma"] = statistics(rows)
                 rows = rows[chosen]
         reference["real"] = rows
@@ -465,6 +476,8 @@ def command_ref(args, extractor):
             np.savez(file, **{key: reference[key].cpu().numpy() for key in ("mu", "sigma", "real")}, source=args.data,
                      num_images=reference["num_images"], features=extractor.features, resize=extractor.resize)
         print(f"{args.out}: {reference['num_images']:,} images, {extractor.features}, resize {extractor.resize}")
+        if reference["num_images"] <= len(reference["mu"]):
+            print(f"warning: with {len(reference['mu'])} features their covariance is singular", file=sys.stderr)
 
 
 def load(args):

@@ -482,7 +482,7 @@ def test_several_processes(command, run, tmp_path, monkeypatch):
                               eval_ref="two.npz", data=None, device="cpu", seed=0, no_converted_copy=False)
     script = tmp_path / "script.py"
     script.write_text(f"""if True:
-        import sys
+        import json, sys
         from types import SimpleNamespace
         sys.path.insert(0, {str(ROOT)!r})
         import fid, model, train
@@ -491,24 +491,24 @@ def test_several_processes(command, run, tmp_path, monkeypatch):
             sys.argv = ["fid.py", *line.split(), "--batch_size", "5"]
             fid.main()
             fid.dist.init_process_group = lambda backend: None  # the first call's serves them all
-        train.Evaluator({options}, None)(model.load_generator("gen"), 1, 21)
+        train.Evaluator({options}, None, lambda row: print(json.dumps(row)))(model.load_generator("gen"), 1, 21)
         destroy()""".replace("namespace(", "SimpleNamespace(").replace("OUT", str(tmp_path / "two")))
     for out in ("one", "two"):
         (tmp_path / out).mkdir()
     launched = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script],
                               cwd=run, capture_output=True, text=True, timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert launched.returncode == 0, launched.stderr
-    two = [json.loads(line) for line in launched.stdout.splitlines()] + [json.loads((tmp_path / "two/log.jsonl").read_text())]
+    two = [json.loads(line) for line in launched.stdout.splitlines()]
 
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         one = [row for line in lines for row in command(line)[0]]
         options.out = str(tmp_path / "one")
-        train.Evaluator(options, None)(model.load_generator("gen"), 1, 21)
+        train.Evaluator(options, None, one.append)(model.load_generator("gen"), 1, 21)
     finally:
         torch.set_num_threads(threads)
-    assert two == one + [json.loads((tmp_path / "one/log.jsonl").read_text())] and len(two) == 4
+    assert two == one and len(two) == 4
 
 
 def test_training_keeps_the_best_and_its_random_numbers(run, tmp_path, monkeypatch):
@@ -516,7 +516,8 @@ def test_training_keeps_the_best_and_its_random_numbers(run, tmp_path, monkeypat
     monkeypatch.chdir(run)
     args = SimpleNamespace(out=str(tmp_path), eval_every=10, eval_features="pixels", eval_resize="tf1", eval_inception=None,
                            eval_ref=None, data="digits", device="cpu", seed=0, no_converted_copy=False)
-    evaluator, generator = train.Evaluator(args, None), model.load_generator("gen")
+    log = []
+    evaluator, generator = train.Evaluator(args, None, log.append), model.load_generator("gen")
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     evaluator(generator, 1, 10)
     assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all()
@@ -525,16 +526,25 @@ def test_training_keeps_the_best_and_its_random_numbers(run, tmp_path, monkeypat
         monkeypatch.setattr(fid, "evaluate", lambda *rest: {"fd": figure})
         torch.nn.init.constant_(generator.final_linear.bias, step)
         if step == 30:
-            evaluator = train.Evaluator(args, None)
+            evaluator = train.Evaluator(args, None, log.append)
         evaluator(generator, step, 10)
         best = model.load_generator(tmp_path / "best").final_linear.bias[0]
         assert best == {10: 10, 20: 20, 30: 20, 40: 40, 50: 40}[step]
-    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == [1, 10, 20, 30, 40, 50]
     assert log[0]["num_images"] == 10 and len(log[0]["ref_sha256"]) == 64
     args.data = "latents"
     with pytest.raises(ValueError, match="in training --eval_ref"):
-        train.Evaluator(args, None)
+        train.Evaluator(args, None, log.append)
+
+
+@pytest.mark.parametrize("real", [np.zeros((9, 3), np.float32), np.zeros(9, np.float32), np.array(["a"] * 9),
+                                  np.full((9, 32), np.nan, np.float32)])
+def test_a_reference_with_strange_real_features_is_refused(command, run, real):
+    command("ref --data one.npz --features encoder:enc --out fine.npz")
+    with np.load(run / "fine.npz") as file:
+        np.savez(run / "strange.npz", **{**file, "real": real})
+    with pytest.raises(SystemExit, match="strange.npz: (real .* are no features|no numbers)"):
+        command("eval --images noise.npz --ref strange.npz --features encoder:enc --num_images 31")
 
 
 def test_generated_images_are_those_of_the_protocol(run):
