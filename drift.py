@@ -15,6 +15,7 @@ V is anti-symmetric in the two distributions, so when they match, V = 0 and noth
     alpha     cfg_scale             [labels]    guidance scale; the generator is conditioned on it
 
 A batch entry b is one label at one location of one feature map; every sum over samples stays inside its entry.
+All is computed in chunks, for speed and memory; tests/reference.py has the same loss in twenty plain lines.
 Run this file for the paper's 2-D experiment (sec. 5.1): `python drift.py`, or one target: `python drift.py swiss_roll`.
 """
 import math
