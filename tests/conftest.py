@@ -83,7 +83,7 @@ def random_artifact(folder, kind, **config):
                 for i in range(config["depth"] if "blocks_0" in path else styles[0] if "noise_embeds_0" in path else 1):
                     name = re.sub(r"(blocks|noise_embeds)_0/", rf"\1_{i}/", path)
                     (ours, _), = model._flax_state_dict({name: torch.zeros(1, 1)}, model.FLAX_GENERATOR_NAMES).items()
-                    add(name, styles[1:] if ours == "style_embed" else shapes[ours])
+                    add(name, styles[1:] if ours.startswith("style_embed") else shapes[ours])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metadata.json").write_text(json.dumps(metadata))
     write_flax(folder / "ema_params.msgpack", arrays)
