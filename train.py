@@ -161,7 +161,7 @@ def build_parser(preset=None):
     g.add_argument("--attraction", type=float, default=1.0, help="Table 1: multiplies V+")
     g.add_argument("--repulsion", type=float, default=1.0, help="Table 1: multiplies V-")
     if preset:
-        parser.set_defaults(**PRESETS[preset])
+        parser.set_defaults(**copy.deepcopy(PRESETS[preset]))
     return parser
 
 

@@ -1,5 +1,6 @@
 """What several tests share: the fixtures' folder, arrays in torch's layout, and a writer of the authors' weight format."""
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "tests" / "fixtures"
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start; their work is too small to be shared out
+torch.set_num_threads(1)
 sys.path.insert(0, str(ROOT))
 import model  # noqa: E402
 
