@@ -95,8 +95,8 @@ class _ValueAndGradient(torch.autograd.Function):
 # ------------------------------------------------------------------------------------------------------------------
 # The field
 
-# Size of a chunk's coefficients or forces of all temperatures: on a CPU a few of them fit its cache, on a GPU they keep it busy.
-CHUNK_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}
+# What a chunk's targets, coefficients and forces take: on a CPU they stay in its cache, on a GPU they keep it busy.
+CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 1 << 29}
 
 
 def drifting_field(gen, pos, neg, weight_neg, temperatures=TEMPERATURES, kernel="both", attraction=1.0, repulsion=1.0,
@@ -117,8 +117,8 @@ def drifting_field(gen, pos, neg, weight_neg, temperatures=TEMPERATURES, kernel=
     (labels, G, T, C), U, N = gen[0].shape, neg[0].shape[1], gen[0].shape[1] + neg[0].shape[1] + pos[0].shape[1]
     like = full(gen[0][:0])
     weight_neg = weight_neg.to(like.dtype)
-    size = max(1, CHUNK_BYTES.get(gen[0].device.type, 1 << 28) // (len(temperatures) * 4 * G * max(N, C)))
-    chunks = list(_chunks(len(gen), labels, T, size))
+    numbers = N * C + len(temperatures) * G * (N + C)
+    chunks = list(_chunks(len(gen), labels, T, max(1, CHUNK_BYTES.get(gen[0].device.type, 1 << 29) // (4 * numbers))))
 
     def targets(features, label, t):                                                             # [b, N, C]
         parts = [torch.cat([full(x[f][label, :, t]).transpose(1, 2) for x in (gen, neg, pos)], 2).flatten(0, 1) for f in features]
