@@ -62,8 +62,13 @@ class Dataset:
         if not (path / "meta.json").is_file():
             raise FileNotFoundError(f"{path}: no prepared data there; make it with: python prepare_data.py --data SOURCE "
                                     f"--out {folder}")
-        self.meta = json.loads((path / "meta.json").read_text())
-        kind, dtype, shape = (self.meta.get(key) for key in ("kind", "dtype", "shape"))
+        try:
+            self.meta = dict(json.loads((path / "meta.json").read_text()))
+            kind, dtype, shape = (self.meta[key] for key in ("kind", "dtype", "shape"))
+            self.num_classes, math.prod(shape), len(shape)  # noqa: B018  (there, and what they should be)
+            self.labels = np.load(path / "labels.npy", allow_pickle=False)
+        except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+            raise ValueError(f"{path}: cannot be read ({type(error).__name__}: {error}): prepare it again") from None
         if dtype is None or KINDS.get(kind) != dtype or len(shape) != (5 if kind == "latents" else 4):
             raise ValueError(f"{path}/meta.json: {kind} as {dtype} {shape} is nothing that is written here: prepare again")
         expected, size = math.prod(shape) * np.dtype(dtype).itemsize, (path / "images.bin").stat().st_size
@@ -71,8 +76,7 @@ class Dataset:
             raise ValueError(f"{path}/images.bin has {size} bytes, its meta.json says {expected}: prepare it again")
         self.images = np.memmap(path / "images.bin", dtype, "r", shape=tuple(shape))
         self.shape = (shape[2] // 2, *shape[3:]) if kind == "latents" else tuple(shape[1:])
-        self.labels = np.load(path / "labels.npy", allow_pickle=False)
-        if len(self.labels) != shape[0] or (np.diff(self.labels) < 0).any() or not (
+        if self.labels.dtype != np.int64 or self.labels.shape != (shape[0],) or not shape[0] or (np.diff(self.labels) < 0).any() or not (
                 0 <= self.labels[0] <= self.labels[-1] < self.num_classes):
             raise ValueError(f"{path}/labels.npy does not fit meta.json ({shape[0]} images sorted by class, "
                              f"{self.num_classes} classes): prepare it again")

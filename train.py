@@ -12,6 +12,8 @@ import argparse
 import contextlib
 import copy
 import datetime
+import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -57,7 +59,7 @@ PRESETS = {
     "pixel_L": PIXEL | dict(
         model="L", labels=128, pos=128, uncond=32, alpha_power=5, alpha_fixed=0.0, push=2048,
         lr=4e-4, weight_decay=0.01, warmup=10000, steps=100000),                                                # 1.61 (1.62)
-    # Encoders: FID of the ablation recipe in their space (Table 3), and (of the release's best rows above).
+    # Encoders. FID of a generator in their features: Table 3's (for pixels with ConvNeXt-V2), and the best row above.
     "mae_latent_256": MAE | dict(base_channels=256, steps=30000,  to_latents=True),                             # 8.46 (8.49)
     "mae_latent_640": MAE | dict(base_channels=640, steps=200000, to_latents=True, cls_steps=3000),             # 3.36 (1.53)
     "mae_pixel_640":  MAE | dict(base_channels=640, steps=200000, input_patch_size=8, cls_steps=3000),          # 3.70 (1.62)
@@ -187,10 +189,24 @@ def parse(argv):
             parser.error(f"{', '.join(sorted(evaluation))} are read with --eval_every only")
         if args.eval_features != "inception" and given & {"--eval_resize", "--eval_inception"}:
             parser.error("--eval_resize and --eval_inception are read with --eval_features inception only")
-    for key, value in vars(args).items():
-        if key in ("steps", "log_every", "sample_every", "save_every", "batch_size", "labels", "gen", "pos", "push",
-                   "micro_batches", "max_bad_steps") and value < 1:
-            parser.error(f"--{key} must be at least 1")
+    if args.stage == "encoder" and not args.cls_steps and given & {"--cls_weight", "--cls_ramp"}:
+        parser.error("--cls_weight and --cls_ramp are read with --cls_steps only")
+    ranges = {0: "uncond cooldown warmup eval_every cls_steps weight_decay seed", 1: "steps log_every sample_every save_every "
+              "batch_size labels gen pos push micro_batches max_bad_steps vae_chunk eval_images base_channels input_patch_size "
+              "patch_size cls_ramp layers"}
+    for least, keys in ranges.items():
+        for key in keys.split():
+            value = getattr(args, key, least)
+            if min(value if isinstance(value, list) else [value]) < least:
+                parser.error(f"--{key} must be at least {least}")
+    for key in ("crop_scale", "ema_decay", "alpha_fixed", "cls_weight"):
+        value = getattr(args, key, 0.5)
+        if not all(0 <= x <= 1 for x in (value if isinstance(value, list) else [value])) or key == "crop_scale" and value == 0:
+            parser.error(f"--{key} is a share of 1")
+    if args.lr <= 0 or args.clip <= 0:
+        parser.error("--lr and --clip must be more than 0")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: torch sees no GPU here")
     if args.out is None:
         if args.preset is None:
             parser.error("--out is needed without a preset")
@@ -282,7 +298,9 @@ class GeneratorStage:
         if args.labels % (world_size() * args.micro_batches):
             raise ValueError(f"--labels {args.labels} must be divisible by {world_size() * args.micro_batches}, the number "
                              "of processes times --micro_batches")
-        if data.count.min() < args.pos or len(data) < args.uncond:
+        if args.uncond > (1000 if args.reals == "queue" else len(data)):
+            raise ValueError(f"--uncond {args.uncond}: the queue of all classes holds 1000, {args.data} {len(data)} images")
+        if data.count.min() < args.pos:
             raise ValueError(f"--pos {args.pos}: class {data.meta['classes'][data.count.argmin()]} of {args.data} has "
                              f"{data.count.min()} images")
         if args.reals == "queue" and args.pos > 128:
@@ -296,12 +314,6 @@ class GeneratorStage:
         self.net = self.network(args, data)
         self.net.checkpoint_blocks = args.checkpoint_blocks
         self.vae = open_vae(args) if latents and (args.pixel_encoder or not args.dry_run) else None
-        for i, name in enumerate(args.encoder):
-            if name in PRESETS and not args.dry_run:  # an encoder of latents is trained on pixels: not on this stage's data
-                own = PRESETS[name]["data"] if PRESETS[name].get("to_latents") else args.data
-                main(["--preset", name, "--data", own, "--device", args.device, "--seed", str(args.seed), "--vae", args.vae,
-                      *(["--compile"] if args.compile else [])])
-                args.encoder[i] = f"runs/{name}"
         self.encoders = torch.nn.ModuleList(random_encoder(name, data) if args.dry_run else
                                             model.load_encoder(name, not args.no_converted_copy) for name in args.encoder)
         for encoder in self.encoders:
@@ -475,9 +487,22 @@ def main(argv):
     args = parse(argv)
     if args.device == "cuda":  # by its number, since the thread that makes batches has a current device of its own
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if args.dry_run:
+        return run(args)
+    if args.data == "data/digits":
+        together(lambda: get_rank() == 0 and prepare_data.prepare("digits", args.data))
+    for i, name in enumerate(getattr(args, "encoder", ())):
+        if name in PRESETS:  # train it first; one of latents on pixels, not on this stage's data
+            own = PRESETS[name]["data"] if PRESETS[name].get("to_latents") else args.data
+            main(["--preset", name, "--data", own, "--device", args.device, "--seed", str(args.seed),
+                  *(["--vae", args.vae] if PRESETS[name].get("to_latents") else []), *(["--compile"] if args.compile else [])])
+            args.encoder[i] = f"runs/{name}"
+    with together(claim, Path(args.out)):
+        run(args)
+
+
+def run(args):
     out, main_process = Path(args.out), get_rank() == 0
-    if Path(args.data).name == "digits" and not args.dry_run:
-        together(lambda: main_process and prepare_data.prepare("digits", args.data))
     data = together(RandomData if args.dry_run else prepare_data.Dataset, args.data)
 
     torch.manual_seed(args.seed)  # initial weights; everything later is seeded by its step
@@ -515,11 +540,15 @@ def main(argv):
     state = dict(net=net, emas=emas, optimizer=optimizer, bad_steps=bad_steps, stage=stage)
     folder = gather(together(whole_checkpoint, out))[0]  # one process looks for all
     start = together(load_checkpoint, folder, args, **state) if folder else 0
-    if start >= args.steps:
+    evaluates = args.stage == "generator" and args.eval_every
+    missed = evaluates and start and start % args.eval_every == 0 and not gather(evaluated(out, start))[0]
+    if start >= args.steps and not missed:
         log_line(f"{out} has its {args.steps} steps already")
         return
     log = together(open_log, args, sum(p.numel() for p in params), data, start)
-    evaluator = Evaluator(args, stage.vae, log) if args.stage == "generator" and args.eval_every else None
+    evaluator = Evaluator(args, stage.vae, log) if evaluates else None
+    if missed:  # what this checkpoint was saved for was interrupted
+        evaluator(emas[0], start, args.eval_images)
     from tqdm import tqdm
     progress = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.out, disable=not main_process,
                     mininterval=1)
@@ -594,6 +623,12 @@ class Evaluator:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def evaluated(out, step):
+    """Whether the log has an evaluation of this step."""
+    log = out / "log.jsonl"
+    return log.is_file() and any(f'"step": {step},' in line and '"ref"' in line for line in log.read_text().splitlines())
+
+
 def start_from(path, net, args):
     """Copy the weights of a checkpoint of any source into a network of the same sizes."""
     load = model.load_generator if args.stage == "generator" else model.load_encoder
@@ -652,6 +687,7 @@ class Stop:
     def __call__(self, *_):
         self.asked = True
         if self.nothing_to_save:
+            log_line("stopped by SIGTERM during an evaluation, which the same command makes first")
             raise SystemExit(0)
 
     @contextlib.contextmanager
@@ -659,7 +695,7 @@ class Stop:
         """Around what takes long (an evaluation) and follows a checkpoint: there the signal ends the process at once."""
         self.nothing_to_save = True
         if self.asked:
-            raise SystemExit(0)
+            self()
         yield
         self.nothing_to_save = False
 
@@ -680,8 +716,10 @@ def open_log(args, num_params, data, start):
     except ImportError as error:
         raise ValueError(f"--tensorboard and --wandb need the packages of these names ({error}): pip install them, or leave "
                          "the option away") from None
-    out.mkdir(parents=True, exist_ok=True)
     print_options(args, num_params, data, start)
+    if (out / "log.jsonl").exists():  # the last line may be torn, if the disk was full
+        with open(out / "log.jsonl", "rb+") as f:
+            f.truncate(f.read().rfind(b"\n") + 1)
 
     def log(line):
         line = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()}
@@ -776,7 +814,7 @@ def save_checkpoint(out, step, args, net, emas, optimizer, bad_steps, stage):
         state.update({f"optimizer.{i}.{key}": value for key, value in slots.items()})
     state.update({f"queue.{name}": value for name, value in getattr(stage, "queue_state", {}).items()})
     try:
-        for place, ema in zip(ema_folders(partial, args), emas):
+        for place, ema in zip(ema_folders(partial, args.ema_decay), emas):
             ema.save_pretrained(place)
         save_file({name: t.contiguous() for name, t in state.items()}, partial / "train_state.safetensors",
                   metadata={"step": str(step), "options": json.dumps(vars(args)), "data": stage.data.fingerprint()})
@@ -799,8 +837,8 @@ def checkpoints(out):
     return sorted(out.glob("step_" + "[0-9]" * 8), reverse=True)
 
 
-def ema_folders(folder, args):
-    return [folder, *(folder / f"ema_{decay}" for decay in args.ema_decay[1:])]
+def ema_folders(folder, decays):
+    return [folder, *(folder / f"ema_{decay}" for decay in decays[1:])]
 
 
 def sha256(path):
@@ -842,10 +880,11 @@ def load_checkpoint(folder, args, net, emas, optimizer, bad_steps, stage):
         raise ValueError(f"{folder} was trained on other data than {args.data}; choose another --out")
     before, now = json.loads(metadata["options"]), vars(args)
     for key in sorted(now):
-        if before.get(key) != now[key] and key not in ("device", "out", "data", "encoder"):
+        if before.get(key) != now[key] and key not in ("device", "out", "data"):
             log_line(f"resuming {args.out} with --{key} {now[key]}, before {before.get(key)}")
-    places = ema_folders(folder, args)
-    if not all(place.is_dir() for place in places):
+    found = dict(zip(before.get("ema_decay", []), ema_folders(folder, before.get("ema_decay", []))))
+    places = [found.get(decay) for decay in args.ema_decay]
+    if not all(places):
         raise ValueError(f"{folder} has no averages of --ema_decay {args.ema_decay}: resume with {before.get('ema_decay')}")
     state = load_file(folder / "train_state.safetensors", device=args.device)
     part = lambda prefix: {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}  # noqa: E731
@@ -919,6 +958,20 @@ def together(function, *args, **kwargs):
     return result
 
 
+def claim(out):
+    """The run folder, for one run at a time: two would remove each other's checkpoints. Held until closed, or until death."""
+    if get_rank() > 0:
+        return contextlib.nullcontext()
+    out.mkdir(parents=True, exist_ok=True)
+    lock = open(out / ".lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise ValueError(f"another run writes to {out}: wait for it, or end it") from None
+    return lock
+
+
 class Shared(ValueError):
     """An error that all processes have heard of: one of them prints it."""
 
@@ -943,6 +996,8 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            error = f"{error}: make room, and run again: it resumes from the last checkpoint, which is untouched"
         raise SystemExit(1 if isinstance(error, Shared) and get_rank() > 0 else f"train.py: {error}") from None
     finally:
         if dist.is_initialized():
