@@ -76,8 +76,9 @@ class Dataset:
             raise ValueError(f"{path}/images.bin has {size} bytes, its meta.json says {expected}: prepare it again")
         self.images = np.memmap(path / "images.bin", dtype, "r", shape=tuple(shape))
         self.shape = (shape[2] // 2, *shape[3:]) if kind == "latents" else tuple(shape[1:])
-        if self.labels.dtype != np.int64 or self.labels.shape != (shape[0],) or not shape[0] or (np.diff(self.labels) < 0).any() or not (
-                0 <= self.labels[0] <= self.labels[-1] < self.num_classes):
+        labels = self.labels
+        if labels.dtype != np.int64 or labels.shape != (shape[0],) or not len(labels) or (np.diff(labels) < 0).any() or not (
+                0 <= labels[0] <= labels[-1] < self.num_classes):
             raise ValueError(f"{path}/labels.npy does not fit meta.json ({shape[0]} images sorted by class, "
                              f"{self.num_classes} classes): prepare it again")
         self.count = np.bincount(self.labels, minlength=self.num_classes)

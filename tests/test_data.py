@@ -554,3 +554,12 @@ def test_bad_latents_get_one_line(photos, vae, tmp_path):
         with pytest.raises(SystemExit):
             prepare_data.parse(words)
     assert prepare_data.parse(["--data", "x", "--out", "y"]).kind == "pixels"
+
+
+@pytest.mark.parametrize("name, content", [("meta.json", b""), ("meta.json", b"[]"), ("meta.json", b'{"kind": "pixels"}'),
+                                           ("labels.npy", b""), ("labels.npy", b"\x93NUMPY\x01\x00v\x00")])
+def test_files_that_say_nothing_are_named(tmp_path, name, content):
+    prepare_data.prepare("digits", tmp_path)
+    (tmp_path / "train" / name).write_bytes(content)
+    with pytest.raises(ValueError, match="train: cannot be read .*prepare it again"):
+        prepare_data.Dataset(tmp_path)

@@ -251,6 +251,12 @@ def test_learning_rate():
     (["--preset", "digits", "--push", "8"], "--push is read with --reals queue only"),
     (["--preset", "digits", "--eval_images", "8"], "are read with --eval_every only"),
     (["--preset", "digits", "--labels", "0"], "--labels must be at least 1"),
+    (["--preset", "digits", "--uncond", "-1"], "--uncond must be at least 0"),
+    (["--preset", "digits", "--ema_decay", "1.5"], "--ema_decay is a share of 1"),
+    (["--preset", "digits_encoder", "--crop_scale", "0"], "--crop_scale is a share of 1"),
+    (["--preset", "digits_encoder", "--layers", "1", "0"], "--layers must be at least 1"),
+    (["--preset", "digits_encoder", "--cls_steps", "0", "--cls_weight", "0.5"], "are read with --cls_steps only"),
+    (["--preset", "digits", "--clip", "0"], "--lr and --clip must be more than 0"),
     (["--data", "d", "--encoder", "e"], "--out is needed"),
 ])
 def test_options_that_would_be_ignored_are_errors(args, message, capsys):
@@ -657,6 +663,55 @@ def test_bad_input_to_sample_is_one_line(generator, monkeypatch, words, message)
     with pytest.raises(SystemExit, match=message) as error:
         sample.main()
     assert "\n" not in str(error.value)
+
+
+def test_one_run_a_folder(home):
+    """While one process holds the folder another is told so; an error in a run, or its end, lets it go."""
+    args = changed(GENERATOR, out="runs/locked", steps=2)
+    holder = subprocess.Popen([sys.executable, "-c", "import fcntl, os, sys; os.makedirs('runs/locked'); f = open('runs/locked/.lock', 'w');"
+                               "fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"],
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    with pytest.raises(ValueError, match="another run writes to runs/locked"):
+        train.main(args)
+    holder.communicate()
+    with pytest.raises(ValueError, match="is of another model"):
+        train.main(changed(args, out="runs/e"))
+    train.main(args)
+    train.main(args)
+
+
+def test_an_evaluation_that_was_interrupted_is_made(home):
+    """The checkpoint is saved first; if the evaluation that follows does not end, the same command makes it."""
+    args = changed(GENERATOR, out="runs/cut", eval_every=3, eval_images=20, eval_features="pixels")
+    call = train.Evaluator.__call__
+
+    def cut(self, ema, step, num_images):
+        if step == 6:
+            raise SystemExit(0)
+        call(self, ema, step, num_images)
+    try:
+        train.Evaluator.__call__ = cut
+        with pytest.raises(SystemExit):
+            train.main(args)
+    finally:
+        train.Evaluator.__call__ = call
+    assert [line["step"] for line in log("runs/cut") if "fd" in line] == [1, 3]
+    train.main(args)
+    train.main(args)
+    assert [line["step"] for line in log("runs/cut") if "fd" in line] == [1, 3, 6]
+    assert (home / "runs/cut/best/score.json").is_file()
+
+
+def test_a_run_changes_no_preset_and_tells_of_another_encoder(home, capsys):
+    before = json.dumps(train.PRESETS)
+    args = train.parse(["--preset", "digits"])
+    args.encoder[0] = "elsewhere"
+    assert json.dumps(train.PRESETS) == before
+    shutil.copytree(model.latest_checkpoint("runs/e"), "runs/e2", dirs_exist_ok=True)
+    train.main(changed(GENERATOR, out="runs/other", steps=1, ema_decay="0.3"))
+    train.main(changed(GENERATOR, out="runs/other", steps=2, encoder="runs/e2", ema_decay="0.3"))
+    assert "with --encoder ['runs/e2'], before ['runs/e']" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------------------------
