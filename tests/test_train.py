@@ -709,8 +709,8 @@ def test_a_run_changes_no_preset_and_tells_of_another_encoder(home, capsys):
     args.encoder[0] = "elsewhere"
     assert json.dumps(train.PRESETS) == before
     shutil.copytree(model.latest_checkpoint("runs/e"), "runs/e2", dirs_exist_ok=True)
-    train.main(changed(GENERATOR, out="runs/other", steps=1, ema_decay="0.3"))
-    train.main(changed(GENERATOR, out="runs/other", steps=2, encoder="runs/e2", ema_decay="0.3"))
+    train.main(changed(GENERATOR, out="runs/another", steps=1, ema_decay="0.3"))
+    train.main(changed(GENERATOR, out="runs/another", steps=2, encoder="runs/e2", ema_decay="0.3"))
     assert "with --encoder ['runs/e2'], before ['runs/e']" in capsys.readouterr().out
 
 
