@@ -203,8 +203,9 @@ class Output:
             if rank == 0:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 np.lib.format.open_memmap(self.scratch, "w+", np.uint8, shape)
-                with open(self.scratch, "r+b") as f:  # a full disk is noticed now, not by a signal while images are written
-                    os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
+                if hasattr(os, "posix_fallocate"):  # a full disk is noticed now, not by a signal while images are written
+                    with open(self.scratch, "r+b") as f:
+                        os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
             barrier()
             self.images = np.lib.format.open_memmap(self.scratch, "r+")
         else:
