@@ -72,24 +72,25 @@ def _loss_of_alike(gen, pos, neg, weight_neg, **options):
     with torch.no_grad(), torch.autocast(gen[0].device.type, enabled=False):  # in bf16 the softmax at tau = 0.02 is noise
         force, unit, info = drifting_field(gen, pos, neg, weight_neg, **options)                 # f b G C, [features]
         value = torch.linalg.vector_norm(force, dim=3).square_().mean(2).div_(force.shape[3])    # f b
-        grad = force.mul_((-2 / (unit * force[0, 0].numel()))[:, None, None, None])
-    return [_ValueAndGradient.apply(*x) for x in zip(gen, value, grad)], info
+        to_grad = -2 / (unit * force[0, 0].numel())
+    return [_ValueAndGradient.apply(*x) for x in zip(gen, value, force, to_grad)], info
 
 
 class _ValueAndGradient(torch.autograd.Function):
     """The identity that hands autograd a loss already computed and its closed-form gradient: no graph over the pairs."""
 
     @staticmethod
-    def forward(ctx, gen, value, grad):
+    def forward(ctx, gen, value, force, to_grad):
         labels, _, T, _ = gen.shape
-        ctx.save_for_backward(grad.unflatten(0, (labels, T)).transpose(1, 2))                    # of gen's shape
+        ctx.save_for_backward(force.unflatten(0, (labels, T)).transpose(1, 2), to_grad)          # of gen's shape
         ctx.dtype = gen.dtype
         return value.clone()
 
     @staticmethod
     def backward(ctx, grad_value):
-        grad, = ctx.saved_tensors
-        return (grad * grad_value.view(len(grad), 1, -1, 1)).to(ctx.dtype), None, None
+        force, to_grad = ctx.saved_tensors
+        out = torch.empty(force.shape, dtype=ctx.dtype, device=force.device)                     # in gen's order
+        return torch.mul(force, (grad_value * to_grad).view(len(force), 1, -1, 1), out=out), None, None, None
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -116,17 +117,27 @@ def drifting_field(gen, pos, neg, weight_neg, temperatures=TEMPERATURES, kernel=
     """
     (labels, G, T, C), U, N = gen[0].shape, neg[0].shape[1], gen[0].shape[1] + neg[0].shape[1] + pos[0].shape[1]
     like = full(gen[0][:0])
-    weight_neg = weight_neg.to(like.dtype)
     numbers = N * C + len(temperatures) * G * (N + C)
     chunks = list(_chunks(len(gen), labels, T, max(1, CHUNK_BYTES.get(gen[0].device.type, 1 << 29) // (4 * numbers))))
+    dist = like.new_empty(len(gen) * labels * T, G, N)
+    newest, centre = {}, {}
 
-    def targets(features, label, t):                                                             # [b, N, C]
-        parts = [torch.cat([full(x[f][label, :, t]).transpose(1, 2) for x in (gen, neg, pos)], 2).flatten(0, 1) for f in features]
-        y = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return y.sub_(y.mean(1, keepdim=True))    # moves nothing, and the Gram identity loses 100 times fewer digits
+    def targets(entries, features, label, t):
+        """[b, N, C], around its mean: that moves nothing, and the Gram identity loses 100 times fewer digits."""
+        if entries.start not in newest:
+            newest.clear()
+            y = like.new_empty(len(features), label.stop - label.start, t.stop - t.start, N, C)
+            for part, f in zip(y, features):
+                gen_, neg_, pos_ = (x[f][label, :, t].transpose(1, 2) for x in (gen, neg, pos))
+                part[:, :, :G], part[:, :, G:G + U], part[:, :, G + U:] = gen_, neg_, pos_
+            y = y.flatten(0, 2)
+            if entries.start not in centre:
+                centre[entries.start] = y.mean(1, keepdim=True)
+            newest[entries.start] = y.sub_(centre[entries.start])
+        return newest[entries.start]
 
-    def weights(features, label, t):                                                             # [b, 1, U]
-        return weight_neg[label].repeat_interleave(t.stop - t.start, 0).repeat(len(features), 1)[:, None]
+    def weights(_, features, label, t):                                                             # [b, 1, U]
+        return weight_neg[label].to(like.dtype).repeat_interleave(t.stop - t.start, 0).repeat(len(features), 1)[:, None]
 
     def over_the_batch(sums):  # [n, entries] -> [n, features]
         sums = sums.unflatten(1, (len(gen), -1)).sum(2)
@@ -135,12 +146,12 @@ def drifting_field(gen, pos, neg, weight_neg, temperatures=TEMPERATURES, kernel=
     def spread(values):  # [features] -> [entries, 1, 1]
         return values.repeat_interleave(labels * T)[:, None, None]
 
-    dist = like.new_empty(len(gen) * labels * T, G, N)
     sums = dist.new_zeros(2, len(dist), dtype=torch.float64)
-    for entries, place in chunks:
-        y, w = targets(*place), weights(*place)
-        d = pairwise_distance(y[:, :G], y, out=dist[entries])
-        sums[0, entries] = total(d) + total(d[:, :, G:G + U] * (w - 1))
+    for chunk in chunks:
+        entries, y, w = chunk[0], targets(*chunk), weights(*chunk)
+        total = pairwise_distance(y, G, out=dist[entries]).sum(1)                                # [b, N]
+        total[:, G:G + U] *= w[:, 0]
+        sums[0, entries] = total.sum(1, dtype=torch.float64)
         sums[1, entries] = G * (N - U + w.sum((1, 2)))
 
     # One scale for the whole feature, over every label and location of the global batch (A.6): mean(dist w) / mean(w).
@@ -153,16 +164,9 @@ def drifting_field(gen, pos, neg, weight_neg, temperatures=TEMPERATURES, kernel=
     sharpness = torch.tensor([-1 / tau for tau in temperatures], dtype=dist.dtype, device=dist.device)[:, None, None]
     kept = dist.new_empty(len(dist), len(temperatures), G, min(C, N))  # forces, or coefficients
     sums = dist.new_zeros(len(temperatures) + 1, len(dist), dtype=torch.float64)
-    for entries, place in chunks:
-        y, d = targets(*place), dist[entries].div_(scale_[entries])
-        d[:, :, :G].diagonal(dim1=1, dim2=2).add_(100)  # a sample does not repel itself (A.6)
-        A = affinity(d[:, None] * sharpness, kernel)                                             # [b, taus, G, N]
-        A_neg, A_pos = A[..., :G + U], A[..., G + U:]                                            # views
-        A_neg[..., G:].mul_(weights(*place)[:, None])  # after the softmaxes: inside, a weight would act as its root
-        sum_neg, sum_pos = A_neg.sum(3, keepdim=True), A_pos.sum(3, keepdim=True)                # [b, taus, G, 1]
-        A_neg.mul_(-repulsion * sum_pos), A_pos.mul_(attraction * sum_neg)
-        if attraction != repulsion:  # else coefficients add up to 0, and where a sample itself is does not matter
-            A[..., :G].diagonal(dim1=2, dim2=3).sub_(((attraction - repulsion) * sum_neg * sum_pos)[..., 0])
+    for chunk in reversed(chunks):  # back, from the one still at hand
+        entries, y, w = chunk[0], targets(*chunk), weights(*chunk)
+        A = coefficients(dist[entries].div_(scale_[entries]), w, sharpness, kernel, attraction, repulsion)                         # [b, taus, G, N]
         if C > N:
             kept[entries] = A
         V = torch.bmm(A.flatten(1, 2), y, out=kept[entries].flatten(1, 2) if C <= N else None)   # [b, taus * G, C]
@@ -174,17 +178,40 @@ def drifting_field(gen, pos, neg, weight_neg, temperatures=TEMPERATURES, kernel=
     sums = over_the_batch(sums)
     mean_square = (sums[:-1] / sums[-1]).to(like.dtype)                                          # [taus, features]
     share = (mean_square.clamp_min(1e-8).rsqrt() / unit).T.repeat_interleave(labels * T, 0)[:, None]  # [entries, 1, taus]
-    del dist, d, A, A_neg, A_pos, V
+    del dist, A, V
     force = kept.new_empty(len(kept), G, C)
-    for entries, place in chunks:
+    for chunk in chunks:
+        entries = chunk[0]
         sum_ = torch.bmm(share[entries], kept[entries].flatten(2)).unflatten(2, (G, -1))[:, 0]   # over temperatures
-        torch.bmm(sum_, targets(*place), out=force[entries]) if C > N else force[entries].copy_(sum_)
+        if C > N:
+            torch.bmm(sum_, targets(*chunk), out=force[entries])
+        else:
+            force[entries] = sum_
     info = {"scale": scale, **{f"force_{tau}": m for tau, m in zip(temperatures, mean_square)}}
     return force.unflatten(0, (len(gen), -1)), unit, info
 
 
+def coefficients(dist, weight_neg, sharpness, kernel, attraction, repulsion):
+    """What V is made of: V_i = sum_j c_ij y_j, with sum_j c_ij = 0. dist [b, G, N], in units of its mean, is written to.
+
+    weight_neg [b, 1, U], sharpness [taus, 1, 1] = -1 / tau. Returns c [b, taus, G, N]: over V+ and V- of sec. 3.2 it is
+    -A(gen) sum A(pos) for negatives and A(pos) sum A(neg) for positives, A the affinities.
+    """
+    G, U = dist.shape[1], weight_neg.shape[2]
+    dist[:, :, :G].diagonal(dim1=1, dim2=2).add_(100)  # a sample does not repel itself (A.6)
+    A = affinity(dist[:, None] * sharpness, kernel)                                              # b taus G N
+    A_neg, A_pos = A[..., :G + U], A[..., G + U:]                                                # views
+    A_neg[..., G:].mul_(weight_neg[:, None])  # after the softmaxes: inside, a weight would act as its root
+    sum_neg, sum_pos = A_neg.sum(3, keepdim=True), A_pos.sum(3, keepdim=True)                    # b taus G 1
+    A_neg.mul_(-repulsion * sum_pos), A_pos.mul_(attraction * sum_neg)
+    if attraction != repulsion:  # else coefficients add up to 0, and where a sample itself is does not matter
+        A[..., :G].diagonal(dim1=2, dim2=3).sub_(((attraction - repulsion) * sum_neg * sum_pos)[..., 0])
+    return A
+
+
 def _chunks(features, labels, T, size):
-    """Parts of at most `size` entries, in order: (their slice of features * labels * T entries, (features, label, t slices))."""
+    """Parts of at most `size` of the features * labels * T entries, in order: (slice of the entries, range of features,
+    slices of labels and T)."""
     f, label, t = max(1, size // (labels * T)), min(labels, max(1, size // T)), min(T, size)
     for i in range(0, features, f):
         for j in range(0, labels, label):
@@ -192,14 +219,14 @@ def _chunks(features, labels, T, size):
                 place = range(i, min(i + f, features)), slice(j, min(j + label, labels)), slice(k, min(k + t, T))
                 count = len(place[0]) * (place[1].stop - j) * (place[2].stop - k)
                 start = (i * labels + j) * T + k
-                yield slice(start, start + count), place
+                yield slice(start, start + count), *place
 
 
-def pairwise_distance(x, y, out=None):
-    """Euclidean distances of x [B, G, C] to y [B, N, C] -> [B, G, N] by the Gram identity: one matrix product."""
-    y_square = y.square().sum(2)
-    square = torch.baddbmm(y_square[:, None], x, y.transpose(1, 2), alpha=-2, out=out)
-    return square.add_(x.square().sum(2)[:, :, None]).clamp_min_(1e-8).sqrt_()
+def pairwise_distance(y, G, out=None):
+    """Euclidean distances of the first G of y [b, N, C] to all, [b, G, N], by the Gram identity: one matrix product."""
+    square = torch.linalg.vector_norm(y, dim=2).square_()
+    out = torch.add(square[:, :G, None], square[:, None], out=out)
+    return out.baddbmm_(y[:, :G], y.transpose(1, 2), alpha=-2).clamp_min_(1e-8).sqrt_()
 
 
 def affinity(logits, kernel):
@@ -213,11 +240,6 @@ def affinity(logits, kernel):
     else:
         raise ValueError(f"kernel is '{kernel}': must be both, targets or none")
     return square.clamp_min_(1e-6).sqrt_()  # the floor keeps a far sample's force alive: without it gradients change 43%
-
-
-def total(x):
-    """Sum [...] of x [..., G, N], in float64 of float32 row sums: a float32 sum of millions would be off by 3e-5."""
-    return x.sum(-1).sum(-1, dtype=torch.float64)
 
 
 def full(x):
@@ -237,16 +259,23 @@ def multi_scale_features(maps):
     features = {}
     for name, x in maps.items():
         H, W = x.shape[2:]
-        features[name] = rearrange(x, "n c h w -> n (h w) c")
-        for size, suffix in ((None, ""), (2, "_2"), (4, "_4")):
+        x = rearrange(x, "n c h w -> n h w c")
+        features[name] = x.flatten(1, 2)
+        # Each scale from the one before, so that the map is read once: the variance of a patch is the mean variance of its
+        # parts plus the variance of their means.
+        mean, variance = full(x), None
+        for size, suffix in ((2, "_2"), (4, "_4"), (None, "")):
             if size and (H % size or W % size):
                 continue
-            h, w = (size, size) if size else (H, W)
-            patches = rearrange(full(x), "n c (y h) (x w) -> n c y h x w", h=h, w=w)             # a view
-            mean = patches.mean((3, 5), keepdim=True)
-            variance = (patches - mean).square().mean((3, 5), keepdim=True)  # var_mean is 10 times slower on a CPU
-            features[f"{name}_mean{suffix}"] = rearrange(mean, "n c y 1 x 1 -> n (y x) c")
-            features[f"{name}_std{suffix}"] = rearrange((variance + 1e-6).sqrt(), "n c y 1 x 1 -> n (y x) c")
+            h, w = (2, 2) if size else mean.shape[1:3]
+            parts = rearrange(mean, "n (y h) (x w) c -> n y h x w c", h=h, w=w)                  # a view
+            mean = parts.mean((2, 4), keepdim=True)
+            spread = (parts - mean).square()  # var_mean is 10 times slower on a CPU
+            if variance is not None:
+                spread = spread + rearrange(variance, "n (y h) (x w) c -> n y h x w c", h=h, w=w)
+            mean, variance = mean[:, :, 0, :, 0], spread.mean((2, 4))                            # n y x c
+            features[f"{name}_mean{suffix}"] = mean.flatten(1, 2)
+            features[f"{name}_std{suffix}"] = (variance + 1e-6).sqrt().flatten(1, 2)
     return features
 
 
