@@ -20,6 +20,7 @@ Run this file for the paper's 2-D experiment (sec. 5.1): `python drift.py`, or o
 """
 import math
 
+import numpy as np
 import torch
 from einops import rearrange
 
@@ -285,13 +286,13 @@ def multi_scale_features(maps):
 def sample_alpha(n, power, fixed_share, rng):
     """n guidance scales in [1, 4] with density ~ alpha^-power, by the inverse CDF; a share of them fixed at 1 (A.7).
 
-    rng: numpy Generator. Returns float32 tensor [n].
+    rng: numpy Generator. Returns a float32 array [n].
     """
     u, fixed = rng.random((2, n))
     edge = 4.0 ** (1 - power)
     alpha = 4.0**u if power == 1 else (1 + u * (edge - 1)) ** (1 / (1 - power))
     alpha[fixed < fixed_share] = 1
-    return torch.from_numpy(alpha).float()
+    return alpha.astype(np.float32)
 
 
 def unconditional_weight(alpha, G, U):

@@ -53,7 +53,7 @@ class Pretrained(PyTorchModelHubMixin, **HUB_CARD):
 
 # Table 8. XS and S are ours, for small images on small machines.
 GENERATOR_SIZES = {
-    "XS": dict(hidden_size=128, depth=4, num_heads=4, n_cls_tokens=4),
+    "XS": dict(hidden_size=128, depth=4, num_heads=4, n_cls_tokens=1),
     "S": dict(hidden_size=384, depth=10, num_heads=6),
     "B": dict(hidden_size=768, depth=12, num_heads=12),
     "L": dict(hidden_size=1024, depth=24, num_heads=16),
@@ -133,7 +133,7 @@ class Generator(nn.Module, Pretrained):
         x = torch.cat([in_context.to(x.dtype), x], 1)                                            # n (16 + t) d
         for block in self.blocks:
             if self.checkpoint_blocks and self.training:
-                x = torch.utils.checkpoint.checkpoint(block, x, cond, self.rope, use_reentrant=False)
+                x = torch.utils.checkpoint.checkpoint(block, x, cond, self.rope, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, cond, self.rope)
         shift, scale = modulation(self.final_adaln, cond, 2)
@@ -258,10 +258,13 @@ class MAE(nn.Module, Pretrained):
         return recon, logits, error, F.cross_entropy(logits, labels, reduction="none")
 
     def features(self, x):
-        """x [n, c, h, w], not masked -> {name: [n, T, C]}: `norm_x` and the multi-scale features of every map (A.5)."""
+        """x [n, c, h, w], not masked -> {name: [n, T, C]}: `norm_x` and the multi-scale features of every map (A.5).
+
+        Computed in the weights' type: with bfloat16 weights maps are bfloat16, and the statistics of them float32.
+        """
         x = self.patchify(x)
         norm_x = (full(x).square().mean((2, 3)) + 1e-6).sqrt()[:, None]                        # n 1 c
-        return {"norm_x": norm_x, **multi_scale_features(self.encoder(x))}
+        return {"norm_x": norm_x, **multi_scale_features(self.encoder(x.to(self.encoder.conv1.weight.dtype)))}
 
 
 class ResNetEncoder(nn.Module):
@@ -347,7 +350,15 @@ class ConvGNReLU(nn.Module):
 
 def group_norm(channels):
     """GroupNorm with 32 groups, or the largest number below that divides the channels."""
-    return nn.GroupNorm(next(g for g in range(min(32, channels), 0, -1) if channels % g == 0), channels, eps=1e-6)
+    return GroupNorm(next(g for g in range(min(32, channels), 0, -1) if channels % g == 0), channels, eps=1e-6)
+
+
+class GroupNorm(nn.GroupNorm):
+    """In the input's type, as RMSNorm: in float32, as autocast would have it, maps take twice the memory."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -374,9 +385,6 @@ class ConvNeXtV2(nn.Module):
                 stage["downsampling_layer"] = nn.Sequential(ChannelNorm(before), nn.Conv2d(before, width, 2, 2))
             self.encoder["stages"].append(stage)
         self.layernorm = nn.LayerNorm(hidden_sizes[-1], eps=layer_norm_eps)
-        with torch.device("cpu"):  # real, even where `_load` builds parameters on the meta device; ImageNet's statistics
-            self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
-            self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
 
     def features(self, x):
         """x [n, 3, h, w] in [-1, 1], of any size -> {name: [n, T, C]}; `convenxt` is spelt as in the release.
@@ -384,9 +392,11 @@ class ConvNeXtV2(nn.Module):
         A stage's map, every position normalised over its channels, from the second stage on; means and stds of all four,
         the last one's std once more as `global_std`; and `global_mean`, the final norm of the last map's mean as it is.
         """
-        x = ((x + 1) / 2 - self.mean) / self.std                                                 # not clipped
+        x = torch.stack([((channel + 1) / 2 - mean) / std for channel, mean, std in zip(
+            full(x).unbind(1), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))], 1)                # ImageNet's; not clipped
         x = F.interpolate(x, (self.image_size, self.image_size), mode="bilinear", antialias=True, align_corners=False)
-        x = self.embeddings["layernorm"](self.embeddings["patch_embeddings"](x))                 # n 128 56 56
+        x = self.embeddings["patch_embeddings"](x.to(self.embeddings["patch_embeddings"].weight.dtype))
+        x = self.embeddings["layernorm"](x)                                                      # n 128 56 56
         found = {}
         for i, stage in enumerate(self.encoder["stages"]):
             if i > 0:
@@ -399,7 +409,9 @@ class ConvNeXtV2(nn.Module):
             if i > 0:
                 found[f"convenxt_stage_{i}"] = y
             found[f"convenxt_stage_{i}_mean"], found[f"convenxt_stage_{i}_std"] = mean_and_std(y, 1)
-        found["global_mean"] = self.layernorm(full(x).mean((2, 3)))[:, None]                     # n 1 c
+        last = self.layernorm  # of a vector: in float32 whatever the weights are
+        found["global_mean"] = F.layer_norm(full(x).mean((2, 3)), last.normalized_shape, full(last.weight), full(last.bias),
+                                            last.eps)[:, None]                                   # n 1 c
         found["global_std"] = found[f"convenxt_stage_{i}_std"]
         return found
 
@@ -476,12 +488,14 @@ class VAE(nn.Module):
         self.chunk, self.downsampling = chunk, 2 ** (len(net.config.block_out_channels) - 1)
         self._decode = torch.compile(self._decode_chunk) if compile else self._decode_chunk
 
-    def to(self, device):
-        return super().to(device, torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
+    def to(self, device, bf16=None):
+        bf16 = torch.device(device).type == "cuda" if bf16 is None else bf16
+        return super().to(device, torch.bfloat16 if bf16 else torch.float32)
 
     def decode(self, latents):
         """Latents [n, 4, h, w] -> images float32 [n, 3, 8h, 8w], about in [-1, 1], on the latents' device."""
-        return torch.cat([self._remembering_little(self._decode, z) for z in self._chunks(latents / LATENT_SCALE)])
+        with torch.autocast(latents.device.type, enabled=False):
+            return torch.cat([self._remembering_little(self._decode, z) for z in self._chunks(latents / LATENT_SCALE)])
 
     @torch.no_grad()
     def encode(self, images):
@@ -500,7 +514,7 @@ class VAE(nn.Module):
     def _remembering_little(self, function, x):
         if not (torch.is_grad_enabled() and x.requires_grad):
             return function(x)
-        return torch.utils.checkpoint.checkpoint(function, x, use_reentrant=False)
+        return torch.utils.checkpoint.checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
 
 
 # ------------------------------------------------------------------------------------------------------------------

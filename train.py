@@ -22,12 +22,16 @@ import shutil
 import signal
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from einops import rearrange
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakIdKeyDictionary
 
 import drift
 import model
@@ -97,7 +101,9 @@ def build_parser(preset=None):
     g.add_argument("--data", help="folder written by prepare_data.py; its split `train` is used")
     g.add_argument("--out", help="run folder (None: runs/PRESET)")
     g.add_argument("--seed", type=int, default=0, help="with the step, all that randomness depends on")
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda computes in bfloat16")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    g.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="networks compute "
+                   "in bfloat16; master weights, statistics and the drift loss stay float32")
     g.add_argument("--compile", action="store_true", help="torch.compile the networks")
     g.add_argument("--micro_batches", type=int, default=1, help="parts in which a process takes its share of a step: the "
                    "same loss and gradients in less memory; the generator then needs two more forward passes")
@@ -252,7 +258,7 @@ class EncoderStage:
         ids = self.data.fresh(step * n, n, args.seed)
         crops, flips = random_crops(n, args.crop_scale, rng), rng.random(n) < (0.5 if self.cropped else 0)
         grid = self.data.shape[1] // (8 if self.vae else 1) // args.input_patch_size // self.net.patch_size
-        mask = torch.from_numpy((rng.random((n, grid, grid)) < 0.5).astype(np.float32))
+        mask = (rng.random((n, grid, grid)) < 0.5).astype(np.float32)
         mine = np.arange(share * get_rank(), share * (get_rank() + 1))[:most]
         seeds = rng.integers(1 << 63, size=n)[mine]  # of latents, drawn anew at every visit
         x = self.data.batch(ids[mine], seeds, flip=self.latents, device=args.device)
@@ -262,14 +268,14 @@ class EncoderStage:
             mean, std = self.vae.encode(x)
             noise = [torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds.tolist()]
             x = mean + std * torch.stack(noise).to(std)
-        return x, torch.from_numpy(self.data.labels[ids[mine]]), mask[mine]
+        return x, prepare_data.upload(self.data.labels[ids[mine]], args.device), prepare_data.upload(mask[mine], args.device)
 
     def backward(self, batch, step):
         args, M = self.args, self.args.micro_batches
         lam, total, logs = args.cls_weight * min(1, max(0, step - (args.steps - args.cls_steps)) / args.cls_ramp), 0, {}
-        for part in zip(*(t.to(args.device).tensor_split(M) for t in batch)):  # a plain mean: parts add up
+        for part in zip(*(t.tensor_split(M) for t in batch)):  # a plain mean: parts add up
             labels = part[1]
-            with autocast(args.device):
+            with autocast(args):
                 _, logits, error, cross_entropy = self.forward(part[0], part[2], labels)
             found = {"reconstruction": error.mean(), "cross_entropy": cross_entropy.mean(),
                      "accuracy": (logits.argmax(1) == labels).float().mean(), "lam": lam}
@@ -281,7 +287,7 @@ class EncoderStage:
 
     def preview(self, ema):
         """Pictures of a few images: as they are, with half hidden, and reconstructed. Returns uint8 images, columns."""
-        x, labels, mask = (t.to(self.args.device) for t in self.batch(0, most=10))
+        x, labels, mask = self.batch(0, most=10)
         recon = ema(x, mask, labels)[0]
         p = ema.input_patch_size
         recon = rearrange(recon, "n (p q c) h w -> n c (h p) (w q)", p=p, q=p)
@@ -319,7 +325,8 @@ class GeneratorStage:
         for encoder in self.encoders:
             if isinstance(encoder, model.MAE):
                 del encoder.decoder, encoder.fc  # a fifth of it, and not looked through
-        self.encoders.eval().requires_grad_(False).to(args.device)
+        self.encoders.eval().requires_grad_(False).to(args.device, torch.bfloat16 if args.bf16 else torch.float32,
+                                                      memory_format=torch.channels_last)
         for name, encoder in zip(args.encoder, self.encoders):
             if encoder.in_channels != (3 if args.pixel_encoder else c):
                 raise ValueError(f"--encoder {name} takes {encoder.in_channels} channels, the samples have {c}" + (
@@ -375,9 +382,10 @@ class GeneratorStage:
             if args.crop_scale < 1:
                 reals = crop_resize(reals, random_crops(len(ids), args.crop_scale, rng), np.zeros(len(ids), bool))
             pos.append(reals[:args.pos]), uncond.append(reals[args.pos:])
-        mine = torch.from_numpy(labels[per_process * get_rank():][:per_process])
+        mine = prepare_data.upload(labels[per_process * get_rank():][:per_process], args.device)
         state = {name: value.clone() for name, value in self.queue.state_dict().items()} if self.queue else {}
-        return mine, torch.cat(alpha), torch.cat(noise), torch.cat(style), torch.cat(pos), torch.cat(uncond), state
+        alpha = prepare_data.upload(np.concatenate(alpha), args.device)
+        return mine, alpha, torch.cat(noise), torch.cat(style), torch.cat(pos), torch.cat(uncond), state
 
     def features(self, x, labels):
         """Samples [labels * n, c, h, w] -> {name: [labels, n, T, C]}: the samples themselves and the encoders' features."""
@@ -388,40 +396,53 @@ class GeneratorStage:
             found.update(encode(x))
         return {name: f.unflatten(0, (labels, -1)) for name, f in found.items()}
 
-    def loss(self, labels, alpha, noise, style, pos, uncond, reduce):
-        """Mean loss of some labels, whose normalisers are those of `reduce`, and the infos of drift_loss."""
+    def generate(self, labels, alpha, noise, style):
+        with autocast(self.args):
+            return self.forward(noise, labels.repeat_interleave(self.args.gen), alpha.repeat_interleave(self.args.gen), style)
+
+    def loss(self, x, labels, alpha, pos, uncond, reduce):
+        """Mean loss of some labels' samples, whose normalisers are those of `reduce`, and the infos of drift_loss."""
         args, n = self.args, len(labels)
-        with autocast(args.device):
-            x = self.forward(noise, labels.repeat_interleave(args.gen), alpha.repeat_interleave(args.gen), style)
-            gen = self.features(x, n)
-            with torch.no_grad():  # reals need no gradient, and no memory for one
-                pos, uncond = self.features(pos, n), self.features(uncond, n) if args.uncond else None
+        gen = self.features(x, n)
+        with torch.no_grad():  # reals need no gradient, and no memory for one
+            pos, uncond = self.features(pos, n), self.features(uncond, n) if args.uncond else None
         weight = drift.unconditional_weight(alpha, args.gen, args.uncond) if args.uncond else None
         loss, _, infos = drift.feature_drift_loss(gen, pos, uncond, weight, kernel=args.kernel, attraction=args.attraction,
                                                   repulsion=args.repulsion, reduce=reduce)
         return loss, infos
 
     def backward(self, batch, step):
-        """One pass; with micro-batches three, so that the loss stays that of the whole global batch.
+        """One pass; with micro-batches in phases, so that the loss stays that of the whole global batch.
 
-        A feature's loss needs two sums over that batch, the second scaled by the first (A.6): passes without gradients
-        collect them, the last one uses them. So memory is that of one micro-batch, however many labels there are. To keep
-        the first pass's features instead would spare a forward pass, and take 63 GB for the ablation's 64 labels.
+        A feature's loss needs two sums over that batch, the second scaled by the first (A.6). Passes without gradients
+        collect them; then each part's gradient goes through the encoder to its samples, and from these through the
+        generator. So memory is that of one micro-batch, and of one network at a time, however many labels there are. To keep
+        the features instead would spare two passes through the encoder, and take 63 GB for the ablation's 64 labels.
         """
-        args, M, total = self.args, self.args.micro_batches, 0
+        M, total = self.args.micro_batches, 0
         *batch, self.queue_state = batch
-        parts = list(zip(*(t.to(args.device).tensor_split(M) for t in batch)))
-        reduce = all_reduce if M == 1 else BatchSums()
-        for _ in range(2 if M > 1 else 0):
-            for part in parts:
-                with torch.no_grad():
-                    self.loss(*part, reduce.next_part())
-            reduce.complete()
-        for part in parts:
-            loss, infos = self.loss(*part, reduce if M == 1 else reduce.next_part())
+        if M == 1:
+            labels, alpha, noise, style, pos, uncond = batch
+            loss, infos = self.loss(self.generate(labels, alpha, noise, style), labels, alpha, pos, uncond, all_reduce)
+            loss.backward()
+            return loss.detach(), self.mean_of(infos)
+        parts, sums = list(zip(*(t.tensor_split(M) for t in batch))), BatchSums()
+        with torch.no_grad():
+            samples = [self.generate(*part[:4]) for part in parts]
+            for _ in range(2):
+                for x, (labels, alpha, _, _, pos, uncond) in zip(samples, parts):
+                    self.loss(x, labels, alpha, pos, uncond, sums.next_part())
+                sums.complete()
+        for x, (labels, alpha, noise, style, pos, uncond) in zip(samples, parts):
+            loss, infos = self.loss(x.requires_grad_(), labels, alpha, pos, uncond, sums.next_part())
             (loss / M).backward()
+            self.generate(labels, alpha, noise, style).backward(x.grad)
             total += loss.detach() / M
-        return total, {key: torch.stack([info[key] for info in infos.values()]).mean() for key in infos["global"]}
+        return total, self.mean_of(infos)
+
+    @staticmethod
+    def mean_of(infos):
+        return {key: torch.stack([info[key] for info in infos.values()]).mean() for key in infos["global"]}
 
     def preview(self, ema):
         """A grid with one column a class, always of the same noise. Returns uint8 images, columns."""
@@ -456,10 +477,8 @@ class BatchSums:
         self.found = {}
 
 
-def autocast(device):
-    """bfloat16 compute where it is fast; master weights and the drift loss stay float32."""
-    device = torch.device(device).type
-    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+def autocast(args):
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16)
 
 
 def random_crops(n, min_area, rng):
@@ -472,8 +491,8 @@ def random_crops(n, min_area, rng):
 
 def crop_resize(x, crops, flips):
     """Cut the crops out of x [n, c, h, w] in [-1, 1] and resize them to h x w (bicubic), mirrored where flips says so."""
-    cx, cy, hx, hy = torch.from_numpy(crops).to(x).unbind(1)
-    hx = torch.where(torch.from_numpy(flips).to(x.device), -hx, hx)
+    cx, cy, hx, hy = prepare_data.upload(crops, x.device).to(x.dtype).unbind(1)
+    hx = torch.where(prepare_data.upload(flips, x.device), -hx, hx)
     zero = torch.zeros_like(cx)
     theta = torch.stack([torch.stack([hx, zero, cx], 1), torch.stack([zero, hy, cy], 1)], 1)     # n 2 3
     grid = torch.nn.functional.affine_grid(theta, x.shape, align_corners=False)
@@ -488,7 +507,7 @@ def main(argv):
     if args.device == "cuda":  # by its number, since the thread that makes batches has a current device of its own
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if args.dry_run:
-        return run(args)
+        return dry_run(args)
     if args.data == "data/digits":
         together(lambda: get_rank() == 0 and prepare_data.prepare("digits", args.data))
     for i, name in enumerate(getattr(args, "encoder", ())):
@@ -501,21 +520,19 @@ def main(argv):
         run(args)
 
 
-def run(args):
-    out, main_process = Path(args.out), get_rank() == 0
-    data = together(RandomData if args.dry_run else prepare_data.Dataset, args.data)
-
+def set_up(args, data, stop):
+    """Returns what a checkpoint holds (weights, averages, optimizer, counts, the stage's queues), and what makes a step."""
     torch.manual_seed(args.seed)  # initial weights; everything later is seeded by its step
     stage = together(EncoderStage if args.stage == "encoder" else GeneratorStage, args, data)
-    if args.init_from and not args.dry_run and model.latest_checkpoint(out) is None:
+    if args.init_from and not args.dry_run and model.latest_checkpoint(args.out) is None:
         together(start_from, args.init_from, stage.net, args)
-    net, cuda = stage.net.to(args.device).train(), torch.device(args.device).type == "cuda"
-    emas = [copy.deepcopy(net).eval().requires_grad_(False) for _ in args.ema_decay]
+    net = stage.net.to(args.device).train()
+    emas = [stage.network(args, data).to(args.device).eval().requires_grad_(False) for _ in args.ema_decay]
+    for ema in emas:
+        ema.load_state_dict(net.state_dict())
     params, ema_params = list(net.parameters()), [list(ema.parameters()) for ema in emas]
-    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=args.weight_decay,
-                                  fused=cuda or None)  # on a GPU, for `step_unless`
+    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=args.weight_decay, fused=True)
     bad_steps = torch.zeros(2, dtype=torch.long, device=args.device)  # in a row, in all
-    stop = Stop()
 
     def update(batch, step):
         """One step: gradients of all micro-batches and processes, clipped, AdamW, averages. It waits for no GPU."""
@@ -527,7 +544,8 @@ def run(args):
         norm = torch.nn.utils.clip_grad_norm_(params, args.clip)
         bad = ~torch.isfinite(loss + norm)  # the same on every process
         bad_steps.add_(bad)[0].mul_(bad)
-        step_unless(bad, optimizer)
+        optimizer.found_inf = bad.float()  # the fused kernel then leaves weights and moments as they are
+        optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # The average's memory grows with the run, so that the first weights are forgotten in short runs too.
         with torch.no_grad():
@@ -535,9 +553,14 @@ def run(args):
                 torch._foreach_lerp_(average_params, params, 1 - min(decay, (step + 1) / (step + 10)))
         return {"lr": lr, "loss": loss, "norm": norm, **logs}, read_later(torch.stack([stopping, bad_steps[0]]))
 
-    if args.dry_run:
-        return dry_run(args, stage, update)
-    state = dict(net=net, emas=emas, optimizer=optimizer, bad_steps=bad_steps, stage=stage)
+    return dict(net=net, emas=emas, optimizer=optimizer, bad_steps=bad_steps, stage=stage), update
+
+
+def run(args):
+    out, main_process, stop = Path(args.out), get_rank() == 0, Stop()
+    data = together(prepare_data.Dataset, args.data)
+    state, update = set_up(args, data, stop)
+    stage, emas, bad_steps = state["stage"], state["emas"], state["bad_steps"]
     folder = gather(together(whole_checkpoint, out))[0]  # one process looks for all
     start = together(load_checkpoint, folder, args, **state) if folder else 0
     evaluates = args.stage == "generator" and args.eval_every
@@ -545,7 +568,7 @@ def run(args):
     if start >= args.steps and not missed:
         log_line(f"{out} has its {args.steps} steps already")
         return
-    log = together(open_log, args, sum(p.numel() for p in params), data, start)
+    log = together(open_log, args, sum(p.numel() for p in stage.net.parameters()), data, start)
     evaluator = Evaluator(args, stage.vae, log) if evaluates else None
     if missed:  # what this checkpoint was saved for was interrupted
         evaluator(emas[0], start, args.eval_images)
@@ -657,15 +680,6 @@ def average(params, loss, stopping):
     return status.unbind()
 
 
-def step_unless(bad, optimizer):
-    """optimizer.step(), unless `bad`, a tensor on the device, is true: then weights and moments stay as they are."""
-    if bad.is_cuda:  # its fused kernel looks itself; to look here would stop the CPU until the GPU has caught up
-        optimizer.found_inf = bad.float()
-        optimizer.step()
-    elif not bad:
-        optimizer.step()
-
-
 def read_later(values):
     """A function that returns these numbers; it waits for the GPU to compute them, not for what was queued later."""
     copy = values.to("cpu", non_blocking=True)
@@ -768,35 +782,87 @@ def random_encoder(name, data):
 
 def open_vae(args):
     if not args.dry_run:
-        return model.load_vae(args.vae, args.device, args.vae_chunk, args.compile)
+        return model.load_vae(args.vae, args.device, args.vae_chunk, args.compile).to(args.device, bf16=args.bf16)
     from diffusers import AutoencoderKL
     net = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,  # the SD-VAE's sizes
                         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
-    return model.VAE(net, args.vae_chunk, args.compile).to(args.device)
+    return model.VAE(net, args.vae_chunk, args.compile).to(args.device, bf16=args.bf16)
 
 
-def dry_run(args, stage, update):
-    """One step in which operations are counted (eagerly, with plain attention, which the counter sees), two more timed."""
+def dry_run(args):
+    """Predicts a step's FLOPs and memory, then makes some on random data, where they fit, and measures."""
     import resource
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
     cuda, millions = torch.device(args.device).type == "cuda", lambda net: sum(p.numel() for p in net.parameters()) / 1e6
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
-        update(stage.batch(0), 0)
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    for step in (1, 2):  # the first may compile
-        began = time.time()
-        update(stage.batch(step), step)[1]()
-    seconds, flops = time.time() - began, counter.get_total_flops()
-    memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    names, encoders = getattr(args, "encoder", ()), getattr(stage, "encoders", ())
+    data = RandomData(args.data)
+    costs, stage = predict(args, data)
     log_line(f"parameters: {args.stage} {millions(stage.net):.1f}M" + "".join(
-        f", {name} {millions(encoder):.1f}M" for name, encoder in zip(names, encoders)))
-    log_line(f"a step: {flops * world_size() / 1e12:.4g} TFLOP over {world_size()} process(es), {seconds:.3g} s, "
-             f"{flops / seconds / 1e12:.3g} TFLOP/s each; random reals are drawn in it, real ones are not read")
-    log_line(f"memory of a process: {memory / 1e9:.2f} GB " + ("on the GPU at most" if cuda else "resident at most"))
+        f", {name} {millions(net):.1f}M" for name, net in zip(getattr(args, "encoder", ()), getattr(stage, "encoders", ()))))
+    log_line(f"a step: {costs.flops * world_size() / 1e12:.4g} TFLOP over {world_size()} process(es)")
+    log_line(f"memory of a process, predicted: {costs.peak / 1e9:.2f} GB in {'bfloat16' if args.bf16 else 'float32'}, not compiled "
+             f"({costs.now / 1e9:.2f} GB between steps)")
+    here = torch.cuda.mem_get_info()[0] if cuda else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / world_size()
+    if costs.peak > here:
+        log_line(f"not measured: {here / 1e9:.1f} GB are here. --micro_batches and --checkpoint_blocks need less")
+        return
+    resident = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # noqa: E731
+    before = resident()
+    state, update = set_up(args, data, Stop())
+    for step in range(3):  # the first may compile
+        if cuda and step:
+            torch.cuda.reset_peak_memory_stats()
+        began = time.time()
+        update(state["stage"].batch(step), step)[1]()
+    seconds = time.time() - began
+    memory = torch.cuda.max_memory_allocated() if cuda else resident() - before
+    log_line(f"memory of a process, measured: {memory / 1e9:.2f} GB " + ("on the GPU" if cuda else "beside Python and torch"))
+    log_line(f"a step, measured: {seconds:.3g} s, {costs.flops / seconds / 1e12:.3g} TFLOP/s of each process; random reals are drawn "
+             "in it, real ones are not read")
     log_line(f"{args.steps} steps: {seconds * args.steps / 3600:.2f} h, without pictures, evaluations and checkpoints")
+
+
+def predict(args, data):
+    """Costs of a step by shapes alone: in no memory, and a GPU need not be here. Returns (Costs, the stage)."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    shapes, budgets = FakeTensorMode(allow_non_fake_inputs=True), drift.CHUNK_BYTES
+    if args.bf16:  # as on a GPU
+        drift.CHUNK_BYTES = {"cpu": budgets["cuda"]}
+    memo = shapes.fake_tensor_converter.meta_converter
+    with shapes, Costs() as costs, torch.compiler.set_stance("force_eager"):
+        weak, memo.tensor_memo = memo.tensor_memo, {}  # its weak references would stop Module.to (torch 2.13)
+        # Shapes have no device, and no values, which a queue of ids needs.
+        state, update = set_up(argparse.Namespace(**vars(args) | {"device": "cpu", "reals": "index"}), data, Stop())
+        memo.tensor_memo = weak
+        costs.peak = costs.now
+        update(state["stage"].batch(0), 0)
+    drift.CHUNK_BYTES = budgets
+    return costs, state["stage"]
+
+
+class Costs(TorchDispatchMode):
+    """Counts FLOPs, and the bytes of the tensors that are alive: `now`, and `peak` at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.flops, self.now, self.peak, self.seen = 0, 0, 0, WeakIdKeyDictionary()
+        aten, flash = torch.ops.aten, "_scaled_dot_product_flash_attention"
+        self.formulas = flop_registry | {getattr(aten, f"{flash}_for_cpu{end}"): flop_registry[getattr(aten, flash + end)]
+                                         for end in ("", "_backward")}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        if function.overloadpacket in self.formulas:
+            self.flops += self.formulas[function.overloadpacket](*args, **kwargs or {}, out_val=out)
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.seen:
+                storage, size = tensor.untyped_storage(), tensor.untyped_storage().nbytes()
+                self.seen[storage] = size
+                weakref.finalize(storage, self.count, -size)
+                self.count(size)
+        return out
+
+    def count(self, size):
+        self.now += size
+        self.peak = max(self.peak, self.now)
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -181,7 +181,7 @@ def test_multi_scale_features_by_hand():
 
 @pytest.mark.parametrize("power", [1, 3, 5])
 def test_alpha_has_the_density_of_the_paper(power):
-    alpha = drift.sample_alpha(200_000, power, 0.0, np.random.default_rng(0)).double()
+    alpha = torch.from_numpy(drift.sample_alpha(200_000, power, 0.0, np.random.default_rng(0))).double()
     assert alpha.min() >= 1 and alpha.max() <= 4
     x = torch.linspace(1, 4, 100_001, dtype=torch.float64)
     density = x**-power / torch.trapezoid(x**-power, x)

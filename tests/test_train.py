@@ -1,4 +1,5 @@
 """train.py and sample.py by running them: small runs that are stopped, killed, resumed, split over processes and sampled."""
+import argparse
 import glob
 import json
 import os
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from PIL import Image
 from safetensors.torch import load_file
 
+import drift
 import fid
 import model
 import prepare_data
@@ -319,7 +321,8 @@ def test_dry_run(tmp_path, monkeypatch, capsys):
         train.main([*words, *more])
         said = capsys.readouterr().out
         assert "parameters: generator 0." in said and "digits_encoder 1.2M" in said and "800 steps: 0." in said
-        assert "GB resident at most" in said
+        predicted, measured = (float(said.split(f"process, {what}: ")[1].split()[0]) for what in ("predicted", "measured"))
+        assert 0 < predicted < 0.2 and measured < 2
         flops.append(float(said.split("a step: ")[1].split()[0]) * 1e12)
     args = train.parse(words)
     net = train.GeneratorStage.network(args, train.RandomData(args.data))
@@ -337,6 +340,46 @@ def test_dry_run(tmp_path, monkeypatch, capsys):
             train.main([*words, *bad])
     with pytest.raises(ValueError, match="holds latents: .*--crop_scale for pixels"):
         train.main(["--preset", "latent_B", "--dry_run", "--crop_scale", "0.5"])
+
+
+@pytest.mark.parametrize("options", [(), ("--micro_batches", "2"), ("--checkpoint_blocks",), ("--bf16",)])
+def test_predicted_costs_are_those_of_real_tensors(monkeypatch, options):
+    """And a step reads nothing back from its device: shapes alone, which have no values, would raise at once."""
+    monkeypatch.setattr(model, "GENERATOR_SIZES", {"XS": dict(hidden_size=32, depth=2, num_heads=2, n_cls_tokens=2)})
+    monkeypatch.setitem(drift.CHUNK_BYTES, "cuda", drift.CHUNK_BYTES["cpu"])
+    args = train.parse(["--preset", "digits", "--dry_run", "--device", "cpu", "--labels", "4", "--gen", "8", *options])
+    data = train.RandomData(args.data)
+    predicted, _ = train.predict(args, data)
+    with train.Costs() as real:
+        state, update = train.set_up(argparse.Namespace(**vars(args) | {"reals": "index"}), data, train.Stop())
+        real.peak = real.now
+        update(state["stage"].batch(0), 0)
+    assert predicted.flops == real.flops > 1e8
+    assert predicted.peak == pytest.approx(real.peak, rel=0.02) and real.peak > 1.2 * real.now > 1e6
+
+
+def test_memory_is_that_of_one_micro_batch():
+    """Three times the labels, in three parts, take what they did; in one part, much more."""
+    def activations(labels, parts):
+        args = train.parse(["--preset", "digits", "--dry_run", "--labels", str(labels), "--micro_batches", str(parts)])
+        costs, _ = train.predict(args, train.RandomData(args.data))
+        return costs.peak - costs.now
+
+    one = activations(4, 1)
+    assert activations(12, 3) < 1.2 * one and activations(12, 1) > 2 * one
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("preset", ["digits", "digits_encoder"])
+def test_no_step_waits_for_the_gpu(home, preset):
+    args = train.parse(["--preset", preset, "--dry_run"])
+    state, update = train.set_up(args, train.RandomData(args.data), train.Stop())
+    for step in range(3):
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            update(state["stage"].batch(step), step)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_networks_compile_without_graph_breaks():
