@@ -22,6 +22,7 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 
 TEMPERATURES = (0.02, 0.05, 0.2)  # A.6
@@ -162,12 +163,13 @@ def drifting_field(gen, pos, neg, weight_neg, temperatures=TEMPERATURES, kernel=
     unit = (scale / math.sqrt(C)).clamp_min(1e-3)     # a feature's coordinates, in these units, have order 1
     scale_, unit_ = spread(scale.clamp_min(1e-3)), spread(unit)
 
-    sharpness = torch.tensor([-1 / tau for tau in temperatures], dtype=dist.dtype, device=dist.device)[:, None, None]
+    sharpness = torch.cat([dist.new_full((1, 1, 1), -1 / tau) for tau in temperatures])  # made there: nothing is uploaded
     kept = dist.new_empty(len(dist), len(temperatures), G, min(C, N))  # forces, or coefficients
     sums = dist.new_zeros(len(temperatures) + 1, len(dist), dtype=torch.float64)
     for chunk in reversed(chunks):  # back, from the one still at hand
         entries, y, w = chunk[0], targets(*chunk), weights(*chunk)
-        A = coefficients(dist[entries].div_(scale_[entries]), w, sharpness, kernel, attraction, repulsion)                         # [b, taus, G, N]
+        d = dist[entries].div_(scale_[entries])
+        A = coefficients(d, w, sharpness, kernel, attraction, repulsion)                         # [b, taus, G, N]
         if C > N:
             kept[entries] = A
         V = torch.bmm(A.flatten(1, 2), y, out=kept[entries].flatten(1, 2) if C <= N else None)   # [b, taus * G, C]
@@ -179,7 +181,7 @@ def drifting_field(gen, pos, neg, weight_neg, temperatures=TEMPERATURES, kernel=
     sums = over_the_batch(sums)
     mean_square = (sums[:-1] / sums[-1]).to(like.dtype)                                          # [taus, features]
     share = (mean_square.clamp_min(1e-8).rsqrt() / unit).T.repeat_interleave(labels * T, 0)[:, None]  # [entries, 1, taus]
-    del dist, A, V
+    del dist, d, A, V
     force = kept.new_empty(len(kept), G, C)
     for chunk in chunks:
         entries = chunk[0]
@@ -260,23 +262,20 @@ def multi_scale_features(maps):
     features = {}
     for name, x in maps.items():
         H, W = x.shape[2:]
-        x = rearrange(x, "n c h w -> n h w c")
-        features[name] = x.flatten(1, 2)
+        features[name] = rearrange(x, "n c h w -> n (h w) c")
         # Each scale from the one before, so that the map is read once: the variance of a patch is the mean variance of its
         # parts plus the variance of their means.
         mean, variance = full(x), None
         for size, suffix in ((2, "_2"), (4, "_4"), (None, "")):
             if size and (H % size or W % size):
                 continue
-            h, w = (2, 2) if size else mean.shape[1:3]
-            parts = rearrange(mean, "n (y h) (x w) c -> n y h x w c", h=h, w=w)                  # a view
-            mean = parts.mean((2, 4), keepdim=True)
-            spread = (parts - mean).square()  # var_mean is 10 times slower on a CPU
-            if variance is not None:
-                spread = spread + rearrange(variance, "n (y h) (x w) c -> n y h x w c", h=h, w=w)
-            mean, variance = mean[:, :, 0, :, 0], spread.mean((2, 4))                            # n y x c
-            features[f"{name}_mean{suffix}"] = mean.flatten(1, 2)
-            features[f"{name}_std{suffix}"] = (variance + 1e-6).sqrt().flatten(1, 2)
+            h, w = patch = (2, 2) if size else mean.shape[2:]
+            parts = rearrange(mean, "n c (y h) (x w) -> n c y h x w", h=h, w=w)                  # a view
+            mean = F.avg_pool2d(mean, patch)                                                     # n c y x
+            spread = rearrange((parts - mean[:, :, :, None, :, None]).square(), "n c y h x w -> n c (y h) (x w)")
+            variance = F.avg_pool2d(spread if variance is None else spread + variance, patch)
+            features[f"{name}_mean{suffix}"] = rearrange(mean, "n c y x -> n (y x) c")
+            features[f"{name}_std{suffix}"] = rearrange((variance + 1e-6).sqrt(), "n c y x -> n (y x) c")
     return features
 
 

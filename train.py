@@ -71,7 +71,7 @@ PRESETS = {
                            batch_size=128, steps=400, lr=2e-3, warmup=50, cls_steps=150, cls_ramp=50, ema_decay=[0.99],
                            sample_every=200, save_every=100),
     "digits": dict(stage="generator", data="data/digits", encoder=["digits_encoder"], model="XS", patch_size=4, labels=10,
-                   gen=24, pos=48, uncond=12, alpha_power=2, steps=800, lr=2.5e-3, warmup=30, cooldown=550, ema_decay=[0.99],
+                   gen=24, pos=48, uncond=12, alpha_power=2, steps=650, lr=3e-3, warmup=30, cooldown=480, ema_decay=[0.99],
                    reals="index", sample_every=100, save_every=150),
     # For one modern GPU and about an hour, by arithmetic; not run yet.
     "cifar10_encoder": dict(stage="encoder", data="data/cifar10", base_channels=64, batch_size=512, steps=8000, lr=1e-3,

@@ -1,7 +1,12 @@
 """Speed, as ratios within one run: `python tests/bench.py [names]`, on two threads or as many as OMP_NUM_THREADS says.
 
-drift    the loss with its gradient against the plain port of tests/reference.py: A B A B ..., medians of wall seconds;
-         and the peak of memory of each
+drift    the loss with its gradient against the plain port of tests/reference.py: A A B B A A ..., medians of the wall seconds
+         of each second run (the allocator then has what it needs, as in training); bytes that must be read and written at
+         least (features in, gradient out), by the second; and the peak of memory of each
+step     training steps by `train.py --dry_run`: eager, compiled, in micro-batches; seconds, images and FLOPs by the second,
+         these against a large matrix product's, memory. On a GPU latent_ablation and latent_L, else digits
+sample   images by the second of generator and decoder apart, random weights of latent_B_sota's and the SD-VAE's sizes: as
+         sample.py has them, against float32 in torch's default memory format; on a GPU compiled too
 frechet  the trace term of fid.py at 2048 dimensions against scipy.linalg.sqrtm: CPU seconds
 load     reading artifacts of the sizes of latent_B_sota and latent_L_sota (random weights, 3.7 GB in a temporary folder):
          seconds and peak of memory, authors' msgpack against the converted safetensors copy
@@ -22,8 +27,11 @@ import torch
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import drift  # noqa: E402
 import fid  # noqa: E402
+import model  # noqa: E402
 import prepare_data  # noqa: E402
 import reference  # noqa: E402
+import sample  # noqa: E402
+import train  # noqa: E402
 
 
 def mae_256_shapes():
@@ -81,18 +89,80 @@ def bench_drift(runs=7):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name in DRIFT:
         case, seconds = drift_case(name, device), {which: [] for which in DRIFT_FUNCTIONS}
-        for _ in range(runs + 1):
+        for _ in range(runs):
             for which, function in DRIFT_FUNCTIONS.items():
-                began = time.perf_counter()
-                drift_step(function, *case)
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                seconds[which].append(time.perf_counter() - began)
-        plain, ours = (statistics.median(s[1:]) for s in seconds.values())  # the first is a warm-up
+                for _ in range(2):
+                    began = time.perf_counter()
+                    drift_step(function, *case)
+                    synchronize(device)
+                    last = time.perf_counter() - began
+                seconds[which].append(last)
+        plain, ours = (statistics.median(s) for s in seconds.values())
+        least = 4 * sum(x.numel() for features in (case[0], *case[:3]) for x in features.values())  # gen's gradient too
         del case
         memory = [peak_memory(name, which, device) / 1e6 for which in DRIFT_FUNCTIONS]
-        print(f"drift loss, {name}: plain port {plain * 1e3:.0f} ms, drift.py {ours * 1e3:.0f} ms, ratio {plain / ours:.2f}; "
-              f"memory beyond the inputs {memory[0]:.0f} MB, {memory[1]:.0f} MB, ratio {memory[0] / memory[1]:.2f}", flush=True)
+        print(f"drift loss, {name}: plain port {plain * 1e3:.0f} ms, drift.py {ours * 1e3:.0f} ms, ratio {plain / ours:.2f}, "
+              f"{least / 1e6:.0f} MB at least, {least / ours / 1e9:.1f} GB/s; memory beyond the inputs {memory[0]:.0f} MB, {memory[1]:.0f} MB, ratio {memory[0] / memory[1]:.2f}", flush=True)
+
+
+def synchronize(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def rate(function, device, runs=3):
+    """Calls by the second: the median of some, after one to warm up."""
+    seconds = []
+    for _ in range(runs + 1):
+        began = time.perf_counter()
+        function()
+        synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return 1 / statistics.median(seconds[1:])
+
+
+def bench_step():
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    a = torch.randn(4096, 4096, device=device, dtype=dtype)
+    matmul = rate(lambda: a @ a, device) * 2 * 4096**3
+    print(f"a matrix product of 4096 in {dtype}: {matmul / 1e12:.3g} TFLOP/s", flush=True)
+    ways = {"eager": [], "compiled": ["--compile"], "micro-batches": ["--micro_batches", "2"]}
+    cases = [("latent_ablation", 8), ("latent_L", 4), ("latent_L", 8), ("latent_L", 16)] if device == "cuda" else [("digits", 10)]
+    for preset, labels in cases:
+        baseline = None
+        for way, options in ways.items():
+            command = [sys.executable, str(Path(train.__file__)), "--preset", preset, "--dry_run", "--labels", str(labels), *options]
+            done = subprocess.run(command, capture_output=True, text=True)
+            said, figure = done.stdout, lambda text: float(done.stdout.split(text)[1].split()[0])  # noqa: B023
+            if "a step, measured" not in said:
+                print(f"{preset}, {labels} labels, {way}: {(said + done.stderr).strip().splitlines()[-1]}", flush=True)
+                continue
+            seconds, flops = figure("a step, measured: "), figure("a step: ") * 1e12
+            baseline = baseline or seconds
+            images = labels * getattr(train.parse(["--preset", preset]), "gen")
+            print(f"{preset}, {labels} labels, {way}: {seconds:.3g} s, ratio {baseline / seconds:.2f}, {images / seconds:.4g} images/s, "
+                  f"{flops / seconds / 1e12:.3g} TFLOP/s, {flops / seconds / matmul:.0%} of the matrix product's; memory predicted "
+                  f"{figure('process, predicted: ')} GB, measured {figure('process, measured: ')} GB", flush=True)
+
+
+def bench_sample():
+    import conftest
+    device, n = ("cuda", 128) if torch.cuda.is_available() else ("cpu", 4)
+    generator = model.Generator(**conftest.published_generator("B")).eval().to(device)
+    baseline = None
+    for way in ("float32, default format", "as sample.py has it", "the same compiled")[:3 if device == "cuda" else 2]:
+        options = ["--compile"] if way.endswith("compiled") else []
+        vae = train.open_vae(train.parse(["--preset", "latent_ablation", "--dry_run", *options]))  # random, of the SD-VAE's sizes
+        if way.startswith("float32"):
+            vae = vae.float().to(memory_format=torch.contiguous_format)
+        if options:
+            generator.compile()
+        for _ in range(2):  # the first warms up
+            seconds = {}
+            sample.generate(generator, np.arange(n), np.arange(n), batch_size=32, vae=vae, seconds=seconds)
+        baseline = baseline or seconds["decoder"]
+        print(f"generator B/2: {n / seconds['generator']:.3g} images/s; decoder, {way}: {n / seconds['decoder']:.3g} images/s, ratio "
+              f"{baseline / seconds['decoder']:.2f}", flush=True)
 
 
 def bench_frechet(d=2048):
@@ -179,6 +249,7 @@ def bench_read(n=4096, runs=7):
 
 
 if __name__ == "__main__":
-    benches = {"drift": bench_drift, "frechet": bench_frechet, "load": bench_load, "read": bench_read}
+    benches = {"drift": bench_drift, "step": bench_step, "sample": bench_sample, "frechet": bench_frechet, "load": bench_load,
+               "read": bench_read}
     for name in sys.argv[1:] or benches:
         bench_load(["mae_latent_640"], 1) if name == "load640" else benches[name]()

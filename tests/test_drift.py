@@ -188,7 +188,7 @@ def test_alpha_has_the_density_of_the_paper(power):
     for bound in (1.1, 1.5, 2.0, 3.0):
         expected = torch.trapezoid(density[x <= bound], x[x <= bound]).item()
         assert (alpha <= bound).double().mean().item() == pytest.approx(expected, abs=0.005)
-    fixed = drift.sample_alpha(100_000, power, 0.5, np.random.default_rng(0))
+    fixed = torch.from_numpy(drift.sample_alpha(100_000, power, 0.5, np.random.default_rng(0)))
     assert (fixed == 1).double().mean().item() == pytest.approx(0.5, abs=0.01)
 
 
