@@ -163,7 +163,7 @@ def drifting_field(gen, pos, neg, weight_neg, temperatures=TEMPERATURES, kernel=
     unit = (scale / math.sqrt(C)).clamp_min(1e-3)     # a feature's coordinates, in these units, have order 1
     scale_, unit_ = spread(scale.clamp_min(1e-3)), spread(unit)
 
-    sharpness = torch.cat([dist.new_full((1, 1, 1), -1 / tau) for tau in temperatures])  # made there: nothing is uploaded
+    sharpness = torch.cat([like.new_full((1, 1, 1), -1 / tau) for tau in temperatures])  # made there: nothing is uploaded
     kept = dist.new_empty(len(dist), len(temperatures), G, min(C, N))  # forces, or coefficients
     sums = dist.new_zeros(len(temperatures) + 1, len(dist), dtype=torch.float64)
     for chunk in reversed(chunks):  # back, from the one still at hand

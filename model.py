@@ -53,7 +53,7 @@ class Pretrained(PyTorchModelHubMixin, **HUB_CARD):
 
 # Table 8. XS and S are ours, for small images on small machines.
 GENERATOR_SIZES = {
-    "XS": dict(hidden_size=128, depth=4, num_heads=4, n_cls_tokens=1),
+    "XS": dict(hidden_size=128, depth=3, num_heads=4, n_cls_tokens=1),
     "S": dict(hidden_size=384, depth=10, num_heads=6),
     "B": dict(hidden_size=768, depth=12, num_heads=12),
     "L": dict(hidden_size=1024, depth=24, num_heads=16),

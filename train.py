@@ -68,10 +68,10 @@ PRESETS = {
     "mae_latent_640": MAE | dict(base_channels=640, steps=200000, to_latents=True, cls_steps=3000),             # 3.36 (1.53)
     "mae_pixel_640":  MAE | dict(base_channels=640, steps=200000, input_patch_size=8, cls_steps=3000),          # 3.70 (1.62)
     "digits_encoder": dict(stage="encoder", data="data/digits", input_patch_size=2, base_channels=64, layers=[1, 1, 1],
-                           batch_size=128, steps=400, lr=2e-3, warmup=50, cls_steps=150, cls_ramp=50, ema_decay=[0.99],
-                           sample_every=200, save_every=100),
+                           batch_size=128, steps=300, lr=2e-3, warmup=50, cls_steps=120, cls_ramp=50, ema_decay=[0.99],
+                           sample_every=150, save_every=100),
     "digits": dict(stage="generator", data="data/digits", encoder=["digits_encoder"], model="XS", patch_size=4, labels=10,
-                   gen=24, pos=48, uncond=12, alpha_power=2, steps=650, lr=3e-3, warmup=30, cooldown=480, ema_decay=[0.99],
+                   gen=24, pos=48, uncond=12, alpha_power=2, steps=750, lr=2.5e-3, warmup=30, cooldown=515, ema_decay=[0.99],
                    reals="index", sample_every=100, save_every=150),
     # For one modern GPU and about an hour, by arithmetic; not run yet.
     "cifar10_encoder": dict(stage="encoder", data="data/cifar10", base_channels=64, batch_size=512, steps=8000, lr=1e-3,

@@ -145,6 +145,18 @@ def test_no_graph_over_the_pairs():
     assert sum(shape.numel() for shape in saved) == gen.numel() + 1  # the force, and a factor
 
 
+@pytest.mark.parametrize("chunk", [1 << 30, 2000])
+def test_the_loss_compiles_without_graph_breaks(monkeypatch, chunk):
+    monkeypatch.setitem(drift.CHUNK_BYTES, "cpu", chunk)
+    g = torch.Generator().manual_seed(0)
+    case = [{name: torch.randn(2, n, T, C, generator=g) for name, T, C in (("a", 4, 8), ("b", 4, 8), ("c", 1, 32))}
+            for n in (6, 5, 4)]
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(drift.feature_drift_loss)(*case, torch.rand(2, 4, generator=g))
+    assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
+    torch._dynamo.reset()
+
+
 def test_shapes_that_do_not_fit_are_refused():
     gen, pos, neg, weight = random_case()
     for args in [(gen, pos[:2]), (gen, pos[..., :4]), (gen, pos, neg, weight[:, :2]), (gen, pos, neg[:1], weight)]:

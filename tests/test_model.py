@@ -114,6 +114,20 @@ def test_whole_step_matches_the_release(mae_artifact):
     assert norm.item() == pytest.approx(io["grad_global_norm"].item(), rel=2e-4)
 
 
+def test_encoders_in_bfloat16_give_the_same_features():
+    """Whatever the weights' type and format: norm_x, which is of the input, in float32, the others to bfloat16's digits."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 32, 32).clamp(-1, 1)
+    for net in (model.MAE(3, 64, (2, 1), input_patch_size=2, num_classes=10), model.ConvNeXtV2((1, 1, 2, 1), (8, 16, 32, 64))):
+        exact = net.eval().features(x)
+        half = net.to(torch.bfloat16, memory_format=torch.channels_last).features(x)
+        assert half.keys() == exact.keys()
+        for name, feature in half.items():
+            assert relative_error(feature, exact[name]) < (1e-7 if name == "norm_x" else 2e-2), name
+            is_map = isinstance(net, model.MAE) and name in ("conv1", "layer1", "layer1_blk2", "layer2")
+            assert feature.dtype == (torch.bfloat16 if is_map else torch.float32), name
+
+
 @pytest.mark.parametrize("size, millions", [("B", 133), ("L", 463)])
 def test_parameter_counts(size, millions):
     with torch.device("meta"):
