@@ -75,6 +75,7 @@ def _loss_of_alike(gen, pos, neg, weight_neg, **options):
         force, unit, info = drifting_field(gen, pos, neg, weight_neg, **options)                 # f b G C, [features]
         value = torch.linalg.vector_norm(force, dim=3).square_().mean(2).div_(force.shape[3])    # f b
         to_grad = -2 / (unit * force[0, 0].numel())
+        force = force.to(gen[0].dtype)  # the gradient's, which waits for the backward pass
     return [_ValueAndGradient.apply(*x) for x in zip(gen, value, force, to_grad)], info
 
 

@@ -24,10 +24,12 @@ import sys
 import time
 import weakref
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from einops import rearrange
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -291,7 +293,7 @@ class EncoderStage:
         recon = ema(x, mask, labels)[0]
         p = ema.input_patch_size
         recon = rearrange(recon, "n (p q c) h w -> n c (h p) (w q)", p=p, q=p)
-        hidden = torch.nn.functional.interpolate(mask[:, None], x.shape[2:])
+        hidden = F.interpolate(mask[:, None], x.shape[2:])
         rows = torch.cat([x, x * (1 - hidden), x * (1 - hidden) + recon * hidden])
         return sample.to_uint8((self.vae.decode(rows) if self.vae else rows[:, :3]).cpu()), len(x)
 
@@ -495,8 +497,8 @@ def crop_resize(x, crops, flips):
     hx = torch.where(prepare_data.upload(flips, x.device), -hx, hx)
     zero = torch.zeros_like(cx)
     theta = torch.stack([torch.stack([hx, zero, cx], 1), torch.stack([zero, hy, cy], 1)], 1)     # n 2 3
-    grid = torch.nn.functional.affine_grid(theta, x.shape, align_corners=False)
-    return torch.nn.functional.grid_sample(x, grid, "bicubic", "border", align_corners=False).clamp_(-1, 1)
+    grid = F.affine_grid(theta, x.shape, align_corners=False)
+    return F.grid_sample(x, grid, "bicubic", "border", align_corners=False).clamp_(-1, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -798,8 +800,8 @@ def dry_run(args):
     log_line(f"parameters: {args.stage} {millions(stage.net):.1f}M" + "".join(
         f", {name} {millions(net):.1f}M" for name, net in zip(getattr(args, "encoder", ()), getattr(stage, "encoders", ()))))
     log_line(f"a step: {costs.flops * world_size() / 1e12:.4g} TFLOP over {world_size()} process(es)")
-    log_line(f"memory of a process, predicted: {costs.peak / 1e9:.2f} GB in {'bfloat16' if args.bf16 else 'float32'}, not compiled "
-             f"({costs.now / 1e9:.2f} GB between steps)")
+    log_line(f"memory of a process, predicted: {costs.peak / 1e9:.2f} GB in {'bfloat16' if args.bf16 else 'float32'}, not "
+             f"compiled ({costs.now / 1e9:.2f} GB between steps)")
     here = torch.cuda.mem_get_info()[0] if cuda else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / world_size()
     if costs.peak > here:
         log_line(f"not measured: {here / 1e9:.1f} GB are here. --micro_batches and --checkpoint_blocks need less")
@@ -815,8 +817,8 @@ def dry_run(args):
     seconds = time.time() - began
     memory = torch.cuda.max_memory_allocated() if cuda else resident() - before
     log_line(f"memory of a process, measured: {memory / 1e9:.2f} GB " + ("on the GPU" if cuda else "beside Python and torch"))
-    log_line(f"a step, measured: {seconds:.3g} s, {costs.flops / seconds / 1e12:.3g} TFLOP/s of each process; random reals are drawn "
-             "in it, real ones are not read")
+    log_line(f"a step, measured: {seconds:.3g} s, {costs.flops / seconds / 1e12:.3g} TFLOP/s of each process; random reals are "
+             "drawn in it, real ones are not read")
     log_line(f"{args.steps} steps: {seconds * args.steps / 3600:.2f} h, without pictures, evaluations and checkpoints")
 
 
@@ -827,7 +829,8 @@ def predict(args, data):
     if args.bf16:  # as on a GPU
         drift.CHUNK_BYTES = {"cpu": budgets["cuda"]}
     memo = shapes.fake_tensor_converter.meta_converter
-    with shapes, Costs() as costs, torch.compiler.set_stance("force_eager"):
+    norm = FusedNorm.apply if args.bf16 else F.rms_norm
+    with shapes, Costs() as costs, torch.compiler.set_stance("force_eager"), mock.patch.object(F, "rms_norm", norm):
         weak, memo.tensor_memo = memo.tensor_memo, {}  # its weak references would stop Module.to (torch 2.13)
         # Shapes have no device, and no values, which a queue of ids needs.
         state, update = set_up(argparse.Namespace(**vars(args) | {"device": "cpu", "reals": "index"}), data, Stop())
@@ -836,6 +839,20 @@ def predict(args, data):
         update(state["stage"].batch(0), 0)
     drift.CHUNK_BYTES = budgets
     return costs, state["stage"]
+
+
+class FusedNorm(torch.autograd.Function):
+    """The shapes of a GPU's rms_norm, which keeps its input and a number a row; a CPU's keeps more, in float32."""
+
+    @staticmethod
+    def forward(ctx, x, shape, weight, eps):
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), None, torch.empty_like(weight), None
 
 
 class Costs(TorchDispatchMode):

@@ -101,8 +101,9 @@ def bench_drift(runs=7):
         least = 4 * sum(x.numel() for features in (case[0], *case[:3]) for x in features.values())  # gen's gradient too
         del case
         memory = [peak_memory(name, which, device) / 1e6 for which in DRIFT_FUNCTIONS]
-        print(f"drift loss, {name}: plain port {plain * 1e3:.0f} ms, drift.py {ours * 1e3:.0f} ms, ratio {plain / ours:.2f}, "
-              f"{least / 1e6:.0f} MB at least, {least / ours / 1e9:.1f} GB/s; memory beyond the inputs {memory[0]:.0f} MB, {memory[1]:.0f} MB, ratio {memory[0] / memory[1]:.2f}", flush=True)
+        print(f"drift loss, {name}: plain port {plain * 1e3:.0f} ms, drift.py {ours * 1e3:.0f} ms, ratio {plain / ours:.2f}; "
+              f"{least / 1e6:.0f} MB at least, {least / ours / 1e9:.1f} GB/s; memory beyond the inputs {memory[0]:.0f} MB, "
+              f"{memory[1]:.0f} MB, ratio {memory[0] / memory[1]:.2f}", flush=True)
 
 
 def synchronize(device):
@@ -127,12 +128,12 @@ def bench_step():
     matmul = rate(lambda: a @ a, device) * 2 * 4096**3
     print(f"a matrix product of 4096 in {dtype}: {matmul / 1e12:.3g} TFLOP/s", flush=True)
     ways = {"eager": [], "compiled": ["--compile"], "micro-batches": ["--micro_batches", "2"]}
-    cases = [("latent_ablation", 8), ("latent_L", 4), ("latent_L", 8), ("latent_L", 16)] if device == "cuda" else [("digits", 10)]
-    for preset, labels in cases:
+    big = [("latent_ablation", 8), ("latent_L", 4), ("latent_L", 8), ("latent_L", 16)]
+    for preset, labels in big if device == "cuda" else [("digits", 10)]:
         baseline = None
         for way, options in ways.items():
-            command = [sys.executable, str(Path(train.__file__)), "--preset", preset, "--dry_run", "--labels", str(labels), *options]
-            done = subprocess.run(command, capture_output=True, text=True)
+            command = [sys.executable, train.__file__, "--preset", preset, "--dry_run", "--labels", str(labels)]
+            done = subprocess.run([*command, *options], capture_output=True, text=True)
             said, figure = done.stdout, lambda text: float(done.stdout.split(text)[1].split()[0])  # noqa: B023
             if "a step, measured" not in said:
                 print(f"{preset}, {labels} labels, {way}: {(said + done.stderr).strip().splitlines()[-1]}", flush=True)
@@ -140,9 +141,9 @@ def bench_step():
             seconds, flops = figure("a step, measured: "), figure("a step: ") * 1e12
             baseline = baseline or seconds
             images = labels * getattr(train.parse(["--preset", preset]), "gen")
-            print(f"{preset}, {labels} labels, {way}: {seconds:.3g} s, ratio {baseline / seconds:.2f}, {images / seconds:.4g} images/s, "
-                  f"{flops / seconds / 1e12:.3g} TFLOP/s, {flops / seconds / matmul:.0%} of the matrix product's; memory predicted "
-                  f"{figure('process, predicted: ')} GB, measured {figure('process, measured: ')} GB", flush=True)
+            print(f"{preset}, {labels} labels, {way}: {seconds:.3g} s, ratio {baseline / seconds:.2f}, {images / seconds:.4g} "
+                  f"images/s, {flops / seconds / 1e12:.3g} TFLOP/s, {flops / seconds / matmul:.0%} of the product's; memory "
+                  f"predicted {figure('process, predicted: ')} GB, measured {figure('process, measured: ')} GB", flush=True)
 
 
 def bench_sample():
@@ -161,8 +162,8 @@ def bench_sample():
             seconds = {}
             sample.generate(generator, np.arange(n), np.arange(n), batch_size=32, vae=vae, seconds=seconds)
         baseline = baseline or seconds["decoder"]
-        print(f"generator B/2: {n / seconds['generator']:.3g} images/s; decoder, {way}: {n / seconds['decoder']:.3g} images/s, ratio "
-              f"{baseline / seconds['decoder']:.2f}", flush=True)
+        print(f"generator B/2: {n / seconds['generator']:.3g} images/s; decoder, {way}: {n / seconds['decoder']:.3g} images/s, "
+              f"ratio {baseline / seconds['decoder']:.2f}", flush=True)
 
 
 def bench_frechet(d=2048):

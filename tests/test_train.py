@@ -320,7 +320,7 @@ def test_dry_run(tmp_path, monkeypatch, capsys):
     for more in ([], ["--checkpoint_blocks"]):
         train.main([*words, *more])
         said = capsys.readouterr().out
-        assert "parameters: generator 0." in said and "digits_encoder 1.2M" in said and "800 steps: 0." in said
+        assert "parameters: generator 0." in said and "digits_encoder 1.2M" in said and "750 steps: 0." in said
         predicted, measured = (float(said.split(f"process, {what}: ")[1].split()[0]) for what in ("predicted", "measured"))
         assert 0 < predicted < 0.2 and measured < 2
         flops.append(float(said.split("a step: ")[1].split()[0]) * 1e12)
@@ -355,7 +355,10 @@ def test_predicted_costs_are_those_of_real_tensors(monkeypatch, options):
         real.peak = real.now
         update(state["stage"].batch(0), 0)
     assert predicted.flops == real.flops > 1e8
-    assert predicted.peak == pytest.approx(real.peak, rel=0.02) and real.peak > 1.2 * real.now > 1e6
+    if args.bf16:  # a GPU's norms keep less than those of this CPU
+        assert 0.5 * real.peak < predicted.peak < real.peak
+    else:
+        assert predicted.peak == pytest.approx(real.peak, rel=0.02) and real.peak > 1.2 * real.now > 1e6
 
 
 def test_memory_is_that_of_one_micro_batch():
