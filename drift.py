@@ -186,11 +186,11 @@ def drifting_field(gen, pos, neg, weight_neg, temperatures=TEMPERATURES, kernel=
     force = kept.new_empty(len(kept), G, C)
     for chunk in chunks:
         entries = chunk[0]
-        sum_ = torch.bmm(share[entries], kept[entries].flatten(2)).unflatten(2, (G, -1))[:, 0]   # over temperatures
         if C > N:
+            sum_ = torch.bmm(share[entries], kept[entries].flatten(2)).unflatten(2, (G, N))[:, 0]    # over temperatures
             torch.bmm(sum_, targets(*chunk), out=force[entries])
         else:
-            force[entries] = sum_
+            torch.bmm(share[entries], kept[entries].flatten(2), out=force[entries].flatten(1)[:, None])
     info = {"scale": scale, **{f"force_{tau}": m for tau, m in zip(temperatures, mean_square)}}
     return force.unflatten(0, (len(gen), -1)), unit, info
 

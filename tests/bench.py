@@ -155,7 +155,7 @@ def bench_sample():
         options = ["--compile"] if way.endswith("compiled") else []
         vae = train.open_vae(train.parse(["--preset", "latent_ablation", "--dry_run", *options]))  # random, of the SD-VAE's sizes
         if way.startswith("float32"):
-            vae = vae.float().to(memory_format=torch.contiguous_format)
+            vae.net.float().to(memory_format=torch.contiguous_format)
         if options:
             generator.compile()
         for _ in range(2):  # the first warms up
