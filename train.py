@@ -24,7 +24,6 @@ import sys
 import time
 import weakref
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
@@ -806,6 +805,7 @@ def dry_run(args):
     if costs.peak > here:
         log_line(f"not measured: {here / 1e9:.1f} GB are here. --micro_batches and --checkpoint_blocks need less")
         return
+    log_line("three steps are measured; who only wants the prediction may stop here")
     resident = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # noqa: E731
     before = resident()
     state, update = set_up(args, data, Stop())
@@ -825,19 +825,20 @@ def dry_run(args):
 def predict(args, data):
     """Costs of a step by shapes alone: in no memory, and a GPU need not be here. Returns (Costs, the stage)."""
     from torch._subclasses.fake_tensor import FakeTensorMode
-    shapes, budgets = FakeTensorMode(allow_non_fake_inputs=True), drift.CHUNK_BYTES
-    if args.bf16:  # as on a GPU
-        drift.CHUNK_BYTES = {"cpu": budgets["cuda"]}
+    shapes, ours = FakeTensorMode(allow_non_fake_inputs=True), (F.rms_norm, drift.CHUNK_BYTES)
     memo = shapes.fake_tensor_converter.meta_converter
-    norm = FusedNorm.apply if args.bf16 else F.rms_norm
-    with shapes, Costs() as costs, torch.compiler.set_stance("force_eager"), mock.patch.object(F, "rms_norm", norm):
-        weak, memo.tensor_memo = memo.tensor_memo, {}  # its weak references would stop Module.to (torch 2.13)
-        # Shapes have no device, and no values, which a queue of ids needs.
-        state, update = set_up(argparse.Namespace(**vars(args) | {"device": "cpu", "reals": "index"}), data, Stop())
-        memo.tensor_memo = weak
-        costs.peak = costs.now
-        update(state["stage"].batch(0), 0)
-    drift.CHUNK_BYTES = budgets
+    try:
+        if args.bf16:  # as on a GPU
+            F.rms_norm, drift.CHUNK_BYTES = FusedNorm.apply, {"cpu": drift.CHUNK_BYTES["cuda"]}
+        with shapes, Costs() as costs, torch.compiler.set_stance("force_eager"):
+            weak, memo.tensor_memo = memo.tensor_memo, {}  # its weak references would stop Module.to (torch 2.13)
+            # Shapes have no device, and no values, which a queue of ids needs.
+            state, update = set_up(argparse.Namespace(**vars(args) | {"device": "cpu", "reals": "index"}), data, Stop())
+            memo.tensor_memo = weak
+            costs.peak = costs.now
+            update(state["stage"].batch(0), 0)
+    finally:
+        F.rms_norm, drift.CHUNK_BYTES = ours
     return costs, state["stage"]
 
 
