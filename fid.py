@@ -656,6 +656,7 @@ def main():
     if "RANK" in os.environ:  # started by torchrun
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        from torch.distributed.nn import functional  # noqa: F401  imported later, its defaults would keep the group alive
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     try:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)

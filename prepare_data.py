@@ -506,7 +506,9 @@ def main():
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     latents = None
     if world > 1:
-        import torch.distributed  # the processes only wait for each other, but for rank 0 perhaps long
+        # The processes only wait for each other, but for rank 0 perhaps long.
+        import torch.distributed
+        from torch.distributed.nn import functional  # noqa: F401  imported later, its defaults would keep the group alive
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=1))
     try:
         if args.kind == "latents":

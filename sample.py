@@ -153,6 +153,7 @@ def run(args):
     from tqdm import tqdm
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
+        from torch.distributed.nn import functional  # noqa: F401  imported later, its defaults would keep the group alive
         dist.init_process_group("gloo")  # the processes only wait for each other
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))

@@ -507,6 +507,8 @@ def main(argv):
     args = parse(argv)
     if args.device == "cuda":  # by its number, since the thread that makes batches has a current device of its own
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if args.device.startswith("cuda"):
+        torch.cuda.set_device(args.device)
     if args.dry_run:
         return dry_run(args)
     if args.data == "data/digits":
@@ -515,7 +517,8 @@ def main(argv):
         if name in PRESETS:  # train it first; one of latents on pixels, not on this stage's data
             own = PRESETS[name]["data"] if PRESETS[name].get("to_latents") else args.data
             main(["--preset", name, "--data", own, "--device", args.device, "--seed", str(args.seed),
-                  *(["--vae", args.vae] if PRESETS[name].get("to_latents") else []), *(["--compile"] if args.compile else [])])
+                  "--bf16" if args.bf16 else "--no-bf16", *(["--vae", args.vae] if PRESETS[name].get("to_latents") else []),
+                  *(["--compile"] if args.compile else [])])
             args.encoder[i] = f"runs/{name}"
     with together(claim, Path(args.out)):
         run(args)
@@ -795,7 +798,8 @@ def dry_run(args):
     import resource
     cuda, millions = torch.device(args.device).type == "cuda", lambda net: sum(p.numel() for p in net.parameters()) / 1e6
     data = RandomData(args.data)
-    costs, stage = predict(args, data)
+    costs, state = predict(args, data)  # as long as the state is there, `now` counts it
+    stage = state["stage"]
     log_line(f"parameters: {args.stage} {millions(stage.net):.1f}M" + "".join(
         f", {name} {millions(net):.1f}M" for name, net in zip(getattr(args, "encoder", ()), getattr(stage, "encoders", ()))))
     log_line(f"a step: {costs.flops * world_size() / 1e12:.4g} TFLOP over {world_size()} process(es)")
@@ -823,23 +827,27 @@ def dry_run(args):
 
 
 def predict(args, data):
-    """Costs of a step by shapes alone: in no memory, and a GPU need not be here. Returns (Costs, the stage)."""
+    """Costs of a step by shapes alone: in no memory, and a GPU need not be here. Returns (Costs, the state)."""
+    from types import SimpleNamespace
+    from unittest import mock
     from torch._subclasses.fake_tensor import FakeTensorMode
-    shapes, ours = FakeTensorMode(allow_non_fake_inputs=True), (F.rms_norm, drift.CHUNK_BYTES)
+    as_on_a_gpu = args.bf16 or args.device.startswith("cuda")
+    stand_ins = [(dist, "all_reduce", lambda *_, **__: SimpleNamespace(wait=lambda: None)),  # no values: nothing to tell others
+                 (dist, "all_gather_object", lambda values, value: values.__setitem__(slice(None), [value] * len(values))),
+                 *([(F, "rms_norm", FusedNorm.apply), (drift, "CHUNK_BYTES", {"cpu": drift.CHUNK_BYTES["cuda"]})] * as_on_a_gpu)]
+    shapes = FakeTensorMode(allow_non_fake_inputs=True)
     memo = shapes.fake_tensor_converter.meta_converter
-    try:
-        if args.bf16:  # as on a GPU
-            F.rms_norm, drift.CHUNK_BYTES = FusedNorm.apply, {"cpu": drift.CHUNK_BYTES["cuda"]}
-        with shapes, Costs() as costs, torch.compiler.set_stance("force_eager"):
-            weak, memo.tensor_memo = memo.tensor_memo, {}  # its weak references would stop Module.to (torch 2.13)
-            # Shapes have no device, and no values, which a queue of ids needs.
-            state, update = set_up(argparse.Namespace(**vars(args) | {"device": "cpu", "reals": "index"}), data, Stop())
-            memo.tensor_memo = weak
-            costs.peak = costs.now
-            update(state["stage"].batch(0), 0)
-    finally:
-        F.rms_norm, drift.CHUNK_BYTES = ours
-    return costs, state["stage"]
+    with contextlib.ExitStack() as stack:
+        for place, name, value in stand_ins:
+            stack.enter_context(mock.patch.object(place, name, value))
+        costs = [stack.enter_context(mode) for mode in (shapes, Costs(), torch.compiler.set_stance("force_eager"))][1]
+        weak, memo.tensor_memo = memo.tensor_memo, {}  # its weak references would stop Module.to (torch 2.13)
+        # Shapes have no device, and no values, which a queue of ids needs.
+        state, update = set_up(argparse.Namespace(**vars(args) | {"device": "cpu", "reals": "index"}), data, Stop())
+        memo.tensor_memo = weak
+        costs.peak = costs.now
+        update(state["stage"].batch(0), 0)
+    return costs, state
 
 
 class FusedNorm(torch.autograd.Function):
@@ -1075,6 +1083,7 @@ if __name__ == "__main__":
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        from torch.distributed.nn import functional  # noqa: F401  imported later, its defaults would keep the group alive
         # The timeout bounds how long others wait for a process that is lost; a checkpoint is written within it.
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=10))
     try:

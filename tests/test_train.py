@@ -345,11 +345,15 @@ def test_dry_run(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("options", [(), ("--micro_batches", "2"), ("--checkpoint_blocks",), ("--bf16",)])
 def test_predicted_costs_are_those_of_real_tensors(monkeypatch, options):
     """And a step reads nothing back from its device: shapes alone, which have no values, would raise at once."""
-    monkeypatch.setattr(model, "GENERATOR_SIZES", {"XS": dict(hidden_size=32, depth=2, num_heads=2, n_cls_tokens=2)})
+    monkeypatch.setitem(model.GENERATOR_SIZES, "XS", dict(hidden_size=32, depth=2, num_heads=2, n_cls_tokens=2))
     monkeypatch.setitem(drift.CHUNK_BYTES, "cuda", drift.CHUNK_BYTES["cpu"])
-    args = train.parse(["--preset", "digits", "--dry_run", "--device", "cpu", "--labels", "4", "--gen", "8", *options])
+    args = train.parse(["--preset", "digits", "--dry_run", "--device", "cpu", "--labels", "4", "--gen", "8", "--pos", "8",
+                        *options])
     data = train.RandomData(args.data)
-    predicted, _ = train.predict(args, data)
+    predicted, kept = train.predict(args, data)
+    weights = sum(p.nbytes for net in (kept["net"], *kept["emas"], kept["stage"].encoders) for p in net.parameters())
+    moments = 2 * sum(p.nbytes for p in kept["net"].parameters())
+    assert predicted.now == pytest.approx(weights + moments, rel=0.02)
     with train.Costs() as real:
         state, update = train.set_up(argparse.Namespace(**vars(args) | {"reals": "index"}), data, train.Stop())
         real.peak = real.now
@@ -361,11 +365,23 @@ def test_predicted_costs_are_those_of_real_tensors(monkeypatch, options):
         assert predicted.peak == pytest.approx(real.peak, rel=0.02) and real.peak > 1.2 * real.now > 1e6
 
 
+def test_a_prediction_waits_for_no_other_process(monkeypatch):
+    """One of two processes alone: it has half of the labels, and nobody to talk to."""
+    def flops(labels):
+        args = train.parse(["--preset", "digits", "--dry_run", "--labels", str(labels), "--gen", "4", "--pos", "4"])
+        return train.predict(args, train.RandomData(args.data))[0].flops
+
+    alone = flops(1)
+    monkeypatch.setattr(train, "world_size", lambda: 2)
+    assert flops(2) == alone
+
+
 def test_memory_is_that_of_one_micro_batch():
     """Three times the labels, in three parts, take what they did; in one part, much more."""
     def activations(labels, parts):
-        args = train.parse(["--preset", "digits", "--dry_run", "--labels", str(labels), "--micro_batches", str(parts)])
-        costs, _ = train.predict(args, train.RandomData(args.data))
+        args = train.parse(["--preset", "digits", "--dry_run", "--labels", str(labels), "--micro_batches", str(parts),
+                            "--gen", "8", "--pos", "8", "--uncond", "4"])
+        costs, state = train.predict(args, train.RandomData(args.data))
         return costs.peak - costs.now
 
     one = activations(4, 1)
