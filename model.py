@@ -494,8 +494,7 @@ class VAE(nn.Module):
 
     def decode(self, latents):
         """Latents [n, 4, h, w] -> images float32 [n, 3, 8h, 8w], about in [-1, 1], on the latents' device."""
-        with torch.autocast(latents.device.type, enabled=False):
-            return torch.cat([self._remembering_little(self._decode, z) for z in self._chunks(latents / LATENT_SCALE)])
+        return torch.cat([self._remembering_little(self._decode, z) for z in self._chunks(latents / LATENT_SCALE)])
 
     @torch.no_grad()
     def encode(self, images):

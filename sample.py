@@ -38,12 +38,13 @@ def generate(generator, labels, indices, cfg_scale=1.0, temperature=1.0, seed=0,
     device = next(generator.parameters()).device
     size = 1 if device.type == "cpu" else batch_size
     images, clock = [], Clock(device, {} if seconds is None else seconds)
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    with torch.inference_mode():
         for at in range(0, len(indices), size):
             noise, styles = zip(*(image_noise(generator, seed, int(i), style) for i in indices[at:at + size]))
             label = torch.as_tensor(labels[at:at + size], device=device)
             alpha = torch.full((len(label),), float(cfg_scale), device=device)
-            x = generator(torch.stack(noise).to(device) * temperature, label, alpha, torch.stack(styles).to(device)).float()
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                x = generator(torch.stack(noise).to(device) * temperature, label, alpha, torch.stack(styles).to(device)).float()
             clock("generator")
             if vae is not None:
                 x = vae.decode(x)
