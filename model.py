@@ -430,7 +430,8 @@ class ConvNeXtBlock(nn.Module):
     def forward(self, x):
         y = self.layernorm(self.dwconv(x).permute(0, 2, 3, 1))                                   # n h w c
         y = F.gelu(self.pwconv1(y))
-        norm = full(y).square().sum((1, 2), keepdim=True).sqrt()                                 # n 1 1 4c
+        wide = torch.promote_types(y.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(y, dim=(1, 2), keepdim=True, dtype=wide)                 # n 1 1 4c
         response = (norm / (norm.mean(3, keepdim=True) + 1e-6)).to(y.dtype)
         y = self.pwconv2(self.grn["weight"] * (y * response) + self.grn["bias"] + y)
         return x + y.permute(0, 3, 1, 2)

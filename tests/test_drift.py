@@ -145,9 +145,8 @@ def test_no_graph_over_the_pairs():
     assert sum(shape.numel() for shape in saved) == gen.numel() + 1  # the force, and a factor
 
 
-@pytest.mark.parametrize("chunk", [1 << 30, 2000])
-def test_the_loss_compiles_without_graph_breaks(monkeypatch, chunk):
-    monkeypatch.setitem(drift.CHUNK_BYTES, "cpu", chunk)
+def test_the_loss_compiles_without_graph_breaks(monkeypatch):
+    monkeypatch.setitem(drift.CHUNK_BYTES, "cpu", 2000)  # some chunks
     g = torch.Generator().manual_seed(0)
     case = [{name: torch.randn(2, n, T, C, generator=g) for name, T, C in (("a", 4, 8), ("b", 4, 8), ("c", 1, 32))}
             for n in (6, 5, 4)]
