@@ -342,7 +342,7 @@ def test_dry_run(tmp_path, monkeypatch, capsys):
         train.main(["--preset", "latent_B", "--dry_run", "--crop_scale", "0.5"])
 
 
-@pytest.mark.parametrize("options", [(), ("--micro_batches", "2"), ("--checkpoint_blocks",), ("--bf16",)])
+@pytest.mark.parametrize("options", [(), ("--micro_batches", "2", "--checkpoint_blocks"), ("--bf16",)])
 def test_predicted_costs_are_those_of_real_tensors(monkeypatch, options):
     """And a step reads nothing back from its device: shapes alone, which have no values, would raise at once."""
     monkeypatch.setitem(model.GENERATOR_SIZES, "XS", dict(hidden_size=32, depth=2, num_heads=2, n_cls_tokens=2))
