@@ -123,7 +123,7 @@ def drifting_field(gen, pos, neg, weight_neg, temperatures=TEMPERATURES, kernel=
     numbers = N * C + len(temperatures) * G * (N + C)
     chunks = list(_chunks(len(gen), labels, T, max(1, CHUNK_BYTES.get(gen[0].device.type, 1 << 29) // (4 * numbers))))
     dist = like.new_empty(len(gen) * labels * T, G, N)
-    newest, centre = {}, {}
+    newest, centre = {}, {}  # of the chunk made last, which the next pass begins with; of every chunk
 
     def targets(entries, features, label, t):
         """[b, N, C], around its mean: that moves nothing, and the Gram identity loses 100 times fewer digits."""
@@ -139,7 +139,7 @@ def drifting_field(gen, pos, neg, weight_neg, temperatures=TEMPERATURES, kernel=
             newest[entries.start] = y.sub_(centre[entries.start])
         return newest[entries.start]
 
-    def weights(_, features, label, t):                                                             # [b, 1, U]
+    def weights(_, features, label, t):                                                          # [b, 1, U]
         return weight_neg[label].to(like.dtype).repeat_interleave(t.stop - t.start, 0).repeat(len(features), 1)[:, None]
 
     def over_the_batch(sums):  # [n, entries] -> [n, features]

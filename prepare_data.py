@@ -152,7 +152,7 @@ def upload(array, device):
     """An array as a tensor on the device; on its way to a GPU neither waits for the other."""
     import torch
     tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor
+    return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor.to(device)
 
 
 def prefetch(function, steps):
