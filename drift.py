@@ -122,8 +122,8 @@ def drifting_field(gen, pos, neg, weight_neg, temperatures=TEMPERATURES, kernel=
     like = full(gen[0][:0])
     numbers = N * C + len(temperatures) * G * (N + C)
     chunks = list(_chunks(len(gen), labels, T, max(1, CHUNK_BYTES.get(gen[0].device.type, 1 << 29) // (4 * numbers))))
-    dist = like.new_empty(len(gen) * labels * T, G, N)
-    newest, centre = {}, {}  # of the chunk made last, which the next pass begins with; of every chunk
+    newest = {}                        # the chunk made last, which the next pass begins with
+    centre, dist, kept = {}, {}, {}    # of every chunk; the latter two until they have been used
 
     def targets(entries, features, label, t):
         """[b, N, C], around its mean: that moves nothing, and the Gram identity loses 100 times fewer digits."""
@@ -149,10 +149,11 @@ def drifting_field(gen, pos, neg, weight_neg, temperatures=TEMPERATURES, kernel=
     def spread(values):  # [features] -> [entries, 1, 1]
         return values.repeat_interleave(labels * T)[:, None, None]
 
-    sums = dist.new_zeros(2, len(dist), dtype=torch.float64)
+    sums = like.new_zeros(2, len(gen) * labels * T, dtype=torch.float64)
     for chunk in chunks:
         entries, y, w = chunk[0], targets(*chunk), weights(*chunk)
-        total = pairwise_distance(y, G, out=dist[entries]).sum(1)                                # [b, N]
+        dist[entries.start] = pairwise_distance(y, G)
+        total = dist[entries.start].sum(1)                                                       # [b, N]
         total[:, G:G + U] *= w[:, 0]
         sums[0, entries] = total.sum(1, dtype=torch.float64)
         sums[1, entries] = G * (N - U + w.sum((1, 2)))
@@ -160,21 +161,19 @@ def drifting_field(gen, pos, neg, weight_neg, temperatures=TEMPERATURES, kernel=
     # One scale for the whole feature, over every label and location of the global batch (A.6): mean(dist w) / mean(w).
     # Scales per label, or per process, would train another loss.
     sums = over_the_batch(sums)
-    scale = (sums[0] / sums[1]).to(dist.dtype)                                                   # [features]
+    scale = (sums[0] / sums[1]).to(like.dtype)                                                   # [features]
     unit = (scale / math.sqrt(C)).clamp_min(1e-3)     # a feature's coordinates, in these units, have order 1
     scale_, unit_ = spread(scale.clamp_min(1e-3)), spread(unit)
 
     sharpness = torch.cat([like.new_full((1, 1, 1), -1 / tau) for tau in temperatures])  # made there: nothing is uploaded
-    kept = dist.new_empty(len(dist), len(temperatures), G, min(C, N))  # forces, or coefficients
-    sums = dist.new_zeros(len(temperatures) + 1, len(dist), dtype=torch.float64)
+    sums = like.new_zeros(len(temperatures) + 1, len(scale_), dtype=torch.float64)
     for chunk in reversed(chunks):  # back, from the one still at hand
         entries, y, w = chunk[0], targets(*chunk), weights(*chunk)
-        d = dist[entries].div_(scale_[entries])
+        d = dist.pop(entries.start).div_(scale_[entries])
         A = coefficients(d, w, sharpness, kernel, attraction, repulsion)                         # [b, taus, G, N]
-        if C > N:
-            kept[entries] = A
-        V = torch.bmm(A.flatten(1, 2), y, out=kept[entries].flatten(1, 2) if C <= N else None)   # [b, taus * G, C]
-        norm = torch.linalg.vector_norm(V, dim=2).unflatten(1, (-1, G)).div_(unit_[entries])     # [b, taus, G]
+        V = torch.bmm(A.flatten(1, 2), y).unflatten(1, (-1, G))                                  # [b, taus, G, C]
+        kept[entries.start] = V if C <= N else A
+        norm = torch.linalg.vector_norm(V, dim=3).div_(unit_[entries])                           # [b, taus, G]
         sums[:-1, entries] = norm.square_().sum(2, dtype=torch.float64).T
     sums[-1] = G * C
 
@@ -182,15 +181,12 @@ def drifting_field(gen, pos, neg, weight_neg, temperatures=TEMPERATURES, kernel=
     sums = over_the_batch(sums)
     mean_square = (sums[:-1] / sums[-1]).to(like.dtype)                                          # [taus, features]
     share = (mean_square.clamp_min(1e-8).rsqrt() / unit).T.repeat_interleave(labels * T, 0)[:, None]  # [entries, 1, taus]
-    del dist, d, A, V
-    force = kept.new_empty(len(kept), G, C)
+    del d, A, V
+    force = like.new_empty(len(share), G, C)
     for chunk in chunks:
         entries = chunk[0]
-        if C > N:
-            sum_ = torch.bmm(share[entries], kept[entries].flatten(2)).unflatten(2, (G, N))[:, 0]    # over temperatures
-            torch.bmm(sum_, targets(*chunk), out=force[entries])
-        else:
-            torch.bmm(share[entries], kept[entries].flatten(2), out=force[entries].flatten(1)[:, None])
+        total = torch.bmm(share[entries], kept.pop(entries.start).flatten(2)).unflatten(2, (G, -1))[:, 0]  # of all taus
+        force[entries] = total if C <= N else torch.bmm(total, targets(*chunk))
     info = {"scale": scale, **{f"force_{tau}": m for tau, m in zip(temperatures, mean_square)}}
     return force.unflatten(0, (len(gen), -1)), unit, info
 
@@ -226,11 +222,10 @@ def _chunks(features, labels, T, size):
                 yield slice(start, start + count), *place
 
 
-def pairwise_distance(y, G, out=None):
+def pairwise_distance(y, G):
     """Euclidean distances of the first G of y [b, N, C] to all, [b, G, N], by the Gram identity: one matrix product."""
     square = torch.linalg.vector_norm(y, dim=2).square_()
-    out = torch.add(square[:, :G, None], square[:, None], out=out)
-    return out.baddbmm_(y[:, :G], y.transpose(1, 2), alpha=-2).clamp_min_(1e-8).sqrt_()
+    return (square[:, :G, None] + square[:, None]).baddbmm_(y[:, :G], y.transpose(1, 2), alpha=-2).clamp_min_(1e-8).sqrt_()
 
 
 def affinity(logits, kernel):

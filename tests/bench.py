@@ -14,6 +14,7 @@ load640  the same of mae_latent_640 (22 GB in a temporary folder; only when name
 read     a step's 4,096 latents from the prepared array against one .pt file for each, A B A B ..., medians of wall seconds
 """
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -75,11 +76,16 @@ def peak_memory(name, which, device):
         before = torch.cuda.memory_allocated()
         drift_step(DRIFT_FUNCTIONS[which], *case)
         return torch.cuda.max_memory_allocated() - before
-    code = (f"import sys; sys.path[:0] = {sys.path[:2]}\nimport bench\ncase = bench.drift_case({name!r}, 'cpu')\n"
+    code = (f"import sys; sys.path[:0] = {sys.path[:2]}\nimport bench\nfunction = bench.DRIFT_FUNCTIONS[{which!r}]\n"
+            f"*features, weight = case = bench.drift_case({name!r}, 'cpu')\n"
+            # once at one label and one location: pages of code and threads are not the loss's
+            "bench.drift_step(function, *({k: x[:1, :, :1] for k, x in f.items()} for f in features), weight[:1])\n"
             "status = lambda key: 1024 * next(int(x.split()[1]) for x in open('/proc/self/status') if x.startswith(key))\n"
             "open('/proc/self/clear_refs', 'w').write('5')\nbefore = status('VmRSS')\n"
-            f"bench.drift_step(bench.DRIFT_FUNCTIONS[{which!r}], *case)\nprint(status('VmHWM') - before)")
-    return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+            "bench.drift_step(function, *case)\nprint(status('VmHWM') - before)")
+    # a fixed threshold: what is freed goes back to the system, so that the peak is of tensors, not of glibc's fragments
+    environment = dict(os.environ, MALLOC_TRIM_THRESHOLD_="131072")
+    return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment).stdout)
 
 
 DRIFT_FUNCTIONS = {"plain port": plain_port, "drift.py": drift.feature_drift_loss}
