@@ -139,9 +139,6 @@ def drifting_field(gen, pos, neg, weight_neg, temperatures=TEMPERATURES, kernel=
             newest[entries.start] = y.sub_(centre[entries.start])
         return newest[entries.start]
 
-    def weights(_, features, label, t):                                                          # [b, 1, U]
-        return weight_neg[label].to(like.dtype).repeat_interleave(t.stop - t.start, 0).repeat(len(features), 1)[:, None]
-
     def over_the_batch(sums):  # [n, entries] -> [n, features]
         sums = sums.unflatten(1, (len(gen), -1)).sum(2)
         return sums if reduce is None else reduce(sums.flatten()).view_as(sums)
@@ -149,44 +146,47 @@ def drifting_field(gen, pos, neg, weight_neg, temperatures=TEMPERATURES, kernel=
     def spread(values):  # [features] -> [entries, 1, 1]
         return values.repeat_interleave(labels * T)[:, None, None]
 
-    sums = like.new_zeros(2, len(gen) * labels * T, dtype=torch.float64)
+    weight = weight_neg.to(like.dtype)[:, None].expand(len(gen), labels, T, U).flatten(0, 2)[:, None]  # [entries, 1, U]
+    sums = like.new_zeros(2, len(weight), dtype=torch.float64)
     for chunk in chunks:
-        entries, y, w = chunk[0], targets(*chunk), weights(*chunk)
-        dist[entries.start] = pairwise_distance(y, G)
+        entries = chunk[0]
+        dist[entries.start] = pairwise_distance(targets(*chunk), G)
         total = dist[entries.start].sum(1)                                                       # [b, N]
-        total[:, G:G + U] *= w[:, 0]
+        total[:, G:G + U] *= weight[entries, 0]
         sums[0, entries] = total.sum(1, dtype=torch.float64)
-        sums[1, entries] = G * (N - U + w.sum((1, 2)))
+    sums[1] = G * (N - U + weight.sum((1, 2)))
 
     # One scale for the whole feature, over every label and location of the global batch (A.6): mean(dist w) / mean(w).
     # Scales per label, or per process, would train another loss.
     sums = over_the_batch(sums)
     scale = (sums[0] / sums[1]).to(like.dtype)                                                   # [features]
     unit = (scale / math.sqrt(C)).clamp_min(1e-3)     # a feature's coordinates, in these units, have order 1
-    scale_, unit_ = spread(scale.clamp_min(1e-3)), spread(unit)
+    scale_ = spread(scale.clamp_min(1e-3))
 
     sharpness = torch.cat([like.new_full((1, 1, 1), -1 / tau) for tau in temperatures])  # made there: nothing is uploaded
-    sums = like.new_zeros(len(temperatures) + 1, len(scale_), dtype=torch.float64)
+    sums = like.new_zeros(len(temperatures) + 1, len(weight), dtype=torch.float64)
     for chunk in reversed(chunks):  # back, from the one still at hand
-        entries, y, w = chunk[0], targets(*chunk), weights(*chunk)
+        entries = chunk[0]
         d = dist.pop(entries.start).div_(scale_[entries])
-        A = coefficients(d, w, sharpness, kernel, attraction, repulsion)                         # [b, taus, G, N]
-        V = torch.bmm(A.flatten(1, 2), y).unflatten(1, (-1, G))                                  # [b, taus, G, C]
+        A = coefficients(d, weight[entries], sharpness, kernel, attraction, repulsion)           # [b, taus, G, N]
+        V = torch.bmm(A.flatten(1, 2), targets(*chunk)).unflatten(1, (-1, G))                    # [b, taus, G, C]
         kept[entries.start] = V if C <= N else A
-        norm = torch.linalg.vector_norm(V, dim=3).div_(unit_[entries])                           # [b, taus, G]
-        sums[:-1, entries] = norm.square_().sum(2, dtype=torch.float64).T
+        sums[:-1, entries] = torch.linalg.vector_norm(V, dim=3).square_().sum(2, dtype=torch.float64).T
     sums[-1] = G * C
 
     # Each temperature's force gets unit mean square, again one scalar over the whole global batch (A.6).
     sums = over_the_batch(sums)
-    mean_square = (sums[:-1] / sums[-1]).to(like.dtype)                                          # [taus, features]
+    mean_square = (sums[:-1] / sums[-1] / unit.square()).to(like.dtype)                          # [taus, features]
     share = (mean_square.clamp_min(1e-8).rsqrt() / unit).T.repeat_interleave(labels * T, 0)[:, None]  # [entries, 1, taus]
     del d, A, V
     force = like.new_empty(len(share), G, C)
     for chunk in chunks:
         entries = chunk[0]
-        total = torch.bmm(share[entries], kept.pop(entries.start).flatten(2)).unflatten(2, (G, -1))[:, 0]  # of all taus
-        force[entries] = total if C <= N else torch.bmm(total, targets(*chunk))
+        out, all_taus = force[entries], kept.pop(entries.start).flatten(2)
+        if C <= N:
+            torch.bmm(share[entries], all_taus, out=out.flatten(1)[:, None])
+        else:
+            torch.bmm(torch.bmm(share[entries], all_taus).view(-1, G, N), targets(*chunk), out=out)
     info = {"scale": scale, **{f"force_{tau}": m for tau, m in zip(temperatures, mean_square)}}
     return force.unflatten(0, (len(gen), -1)), unit, info
 
