@@ -2,6 +2,8 @@
 import json
 import os
 import re
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -97,6 +99,15 @@ def published_generator(size):
     """The model_config of a generator of latents as published: `**published_generator("B")`."""
     sizes = {"n_cls_tokens": 16, **model.GENERATOR_SIZES[size]}
     return dict(input_size=32, cond_dim=sizes["hidden_size"], num_classes=1000, noise_classes=64, noise_coords=32, **sizes)
+
+
+def ranks(n, *command, **options):
+    """n processes of a script with arguments, set up as by torchrun, whose own start would take two seconds."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n))
+    return [subprocess.Popen([sys.executable, *map(str, command)], env={**os.environ, **place, "RANK": str(i), "LOCAL_RANK": str(i)},
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options) for i in range(n)]
 
 
 def small_vae(folder):

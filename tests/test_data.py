@@ -4,8 +4,6 @@ import io
 import json
 import os
 import shutil
-import socket
-import subprocess
 import sys
 import threading
 import time
@@ -18,7 +16,7 @@ from PIL import Image
 
 import model
 import prepare_data
-from conftest import ROOT, relative_error
+from conftest import ROOT, ranks, relative_error
 
 
 def picture(size, mode="RGB", seed=0):
@@ -394,15 +392,8 @@ def latents(photos, vae):
     processes = []
 
     def start(out, n, *options):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        command = [sys.executable, ROOT / "prepare_data.py", "latents", "--data", photos, "--out", out, "--vae", vae,
-                   "--size", "64", *options]
-        for rank in range(n):
-            env = dict(os.environ, RANK=str(rank), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1",
-                       MASTER_PORT=str(port))
-            processes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        processes.extend(ranks(n, ROOT / "prepare_data.py", "latents", "--data", photos, "--out", out, "--vae", vae,
+                               "--size", "64", *options))
         return processes[-n:]
 
     yield start

@@ -5,7 +5,6 @@ import inspect
 import json
 import os
 import shutil
-import subprocess
 import sys
 import zipfile
 from types import SimpleNamespace
@@ -22,7 +21,7 @@ import model
 import prepare_data
 import sample
 import train
-from conftest import FIXTURES, ROOT
+from conftest import FIXTURES, ROOT, ranks
 
 FIXTURE = FIXTURES / "inception"
 spec = importlib.util.spec_from_file_location("inception_recipe", FIXTURE / "recipe.py")
@@ -497,10 +496,10 @@ def test_several_processes(command, run, tmp_path, monkeypatch):
         assert not any("gloo" in open(f"/proc/self/task/{{t}}/comm").read() for t in os.listdir("/proc/self/task"))""".replace("namespace(", "SimpleNamespace(").replace("OUT", str(tmp_path / "two")))
     for out in ("one", "two"):
         (tmp_path / out).mkdir()
-    launched = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script],
-                              cwd=run, capture_output=True, text=True, timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert launched.returncode == 0, launched.stderr
-    two = [json.loads(line) for line in launched.stdout.splitlines()]
+    processes = ranks(2, script, cwd=run)
+    texts = [process.communicate(timeout=100)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], texts
+    two = [json.loads(line) for line in texts[0].splitlines() if line.startswith("{")]
 
     threads = torch.get_num_threads()
     try:
