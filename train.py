@@ -72,7 +72,7 @@ PRESETS = {
                            batch_size=128, steps=300, lr=2e-3, warmup=50, cls_steps=120, cls_ramp=50, ema_decay=[0.99],
                            sample_every=150, save_every=100),
     "digits": dict(stage="generator", data="data/digits", encoder=["digits_encoder"], model="XS", patch_size=4, labels=10,
-                   gen=24, pos=48, uncond=12, alpha_power=2, steps=750, lr=2.5e-3, warmup=30, cooldown=515, ema_decay=[0.99],
+                   gen=24, pos=48, uncond=12, alpha_power=2, steps=900, lr=2.5e-3, warmup=30, cooldown=620, ema_decay=[0.99],
                    reals="index", sample_every=100, save_every=150),
     # For one modern GPU and about an hour, by arithmetic; not run yet.
     "cifar10_encoder": dict(stage="encoder", data="data/cifar10", base_channels=64, batch_size=512, steps=8000, lr=1e-3,
@@ -297,6 +297,9 @@ class EncoderStage:
         return sample.to_uint8((self.vae.decode(rows) if self.vae else rows[:, :3]).cpu()), len(x)
 
 
+KNOWN_BYTES = 1 << 30  # what the features of all real images may take where they are kept
+
+
 class GeneratorStage:
     """The drifting step (A.8): draw labels, guidance and reals; generate; compare in feature space; move the samples."""
 
@@ -333,6 +336,7 @@ class GeneratorStage:
                 raise ValueError(f"--encoder {name} takes {encoder.in_channels} channels, the samples have {c}" + (
                     "; an encoder of pixels needs --pixel_encoder" if latents else ""))
         self.forward, self.encode = self.net, [encoder.features for encoder in self.encoders]
+        self.known = self.features_of_all() if not (latents or args.flip or args.crop_scale < 1 or args.dry_run) else None
         if args.compile:
             self.forward, self.encode = torch.compile(self.net), [torch.compile(encode) for encode in self.encode]
         self.queue = self.filled_queue() if args.reals == "queue" else None
@@ -359,8 +363,9 @@ class GeneratorStage:
         queue.push(torch.from_numpy(ids), torch.from_numpy(self.data.labels[ids]))
 
     def batch(self, step):
-        """This process's labels, alphas, noise, styles and real samples of a step, each label from its own stream; and the
-        queue's state then, for a checkpoint: the next batch is being made while this one is trained on."""
+        """This process's labels, alphas, noise, styles and real samples of a step (their ids, where all features are known),
+        each label from its own stream; and the queue's state then, for a checkpoint: the next batch is being made while
+        this one is trained on."""
         args, net = self.args, self.net
         n = max(args.push, args.labels) if self.queue else args.labels
         fresh = self.data.fresh(step * n, n, args.seed)
@@ -379,7 +384,10 @@ class GeneratorStage:
                                        device=args.device))
             source = self.queue or self.data
             ids = np.concatenate([source.draw(labels[slot], args.pos, rng), source.draw_any(args.uncond, rng)])
-            reals = self.data.batch(ids, rng, args.flip, args.device)
+            if self.known is None:
+                reals = self.data.batch(ids, rng, args.flip, args.device)
+            else:
+                reals = prepare_data.upload(ids, args.device)
             if args.crop_scale < 1:
                 reals = crop_resize(reals, random_crops(len(ids), args.crop_scale, rng), np.zeros(len(ids), bool))
             pos.append(reals[:args.pos]), uncond.append(reals[args.pos:])
@@ -397,6 +405,24 @@ class GeneratorStage:
             found.update(encode(x))
         return {name: f.unflatten(0, (labels, -1)) for name, f in found.items()}
 
+    @torch.no_grad()
+    def features_of_all(self):
+        """Where images stay as they are and are few, the encoders see each once, not in every step: {name: [N, T, C]}, or
+        None where that would take more than KNOWN_BYTES."""
+        parts, left = [], KNOWN_BYTES
+        for ids in np.array_split(np.arange(len(self.data)), -(-len(self.data) // 256)):
+            parts.append({name: f[0] for name, f in self.features(self.data.batch(ids, device=self.args.device), 1).items()})
+            left -= sum(f.nbytes for f in parts[-1].values())
+            if left < 0:
+                return None
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def features_of_reals(self, reals, labels):
+        """Of images [labels * n, c, h, w], or of ids [labels * n] where all features are known."""
+        if self.known is None:
+            return self.features(reals, labels)
+        return {name: f[reals].unflatten(0, (labels, -1)) for name, f in self.known.items()}
+
     def generate(self, labels, alpha, noise, style):
         with autocast(self.args):
             return self.forward(noise, labels.repeat_interleave(self.args.gen), alpha.repeat_interleave(self.args.gen), style)
@@ -406,7 +432,7 @@ class GeneratorStage:
         args, n = self.args, len(labels)
         gen = self.features(x, n)
         with torch.no_grad():  # reals need no gradient, and no memory for one
-            pos, uncond = self.features(pos, n), self.features(uncond, n) if args.uncond else None
+            pos, uncond = self.features_of_reals(pos, n), self.features_of_reals(uncond, n) if args.uncond else None
         weight = drift.unconditional_weight(alpha, args.gen, args.uncond) if args.uncond else None
         loss, _, infos = drift.feature_drift_loss(gen, pos, uncond, weight, kernel=args.kernel, attraction=args.attraction,
                                                   repulsion=args.repulsion, reduce=reduce)

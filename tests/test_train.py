@@ -32,7 +32,7 @@ from conftest import ROOT, ranks, relative_error
 ENCODER = ("--stage encoder --data data/digits --out runs/e --base_channels 64 --layers 1 1 --batch_size 16 --steps 6 "
            "--lr 1e-3 --warmup 2 --cls_steps 3 --cls_ramp 2 --log_every 1 --save_every 3 --sample_every 100").split()
 GENERATOR = ("--data data/digits --out runs/g --encoder runs/e --model XS --labels 4 --gen 4 --pos 6 --uncond 2 --steps 6 "
-             "--lr 1e-3 --warmup 2 --cooldown 2 --push 32 --log_every 1 --save_every 3 --sample_every 100").split()
+             "--lr 1e-3 --warmup 2 --cooldown 2 --push 32 --log_every 1 --save_every 3 --sample_every 100 --flip").split()
 
 
 XS, SMALL = model.GENERATOR_SIZES["XS"], dict(hidden_size=64, depth=2, num_heads=2, n_cls_tokens=4)
@@ -168,6 +168,24 @@ def test_draws_depend_on_seed_and_step_alone(home, monkeypatch, reals):
     for one, two, four in zip(*drawn.values()):
         assert torch.equal(one, two) and torch.equal(one, four) and one.float().std() > 0
     assert not torch.equal(drawn[1][2], drawn[1][8])  # another step, other noise
+
+
+@pytest.mark.parametrize("reals", ["queue", "index"])
+def test_features_of_reals_are_made_once(home, monkeypatch, reals):
+    """With all features known, a step's loss and gradient are those of a step that looks at its images."""
+    data, steps = prepare_data.Dataset("data/digits"), []
+    for limit, parts in ((0, 1), (1 << 30, 1), (1 << 30, 2)):
+        monkeypatch.setattr(train, "KNOWN_BYTES", limit)
+        args = train.parse([x for x in changed(GENERATOR, reals=reals, micro_batches=parts, device="cpu") if x != "--flip"])
+        torch.manual_seed(0)
+        stage = train.GeneratorStage(args, data)
+        assert (stage.known is None) == (limit == 0)
+        for weights in stage.net.parameters():  # the last layer begins at zero, and nothing before it would get a gradient
+            torch.nn.init.normal_(weights, std=0.05)
+        loss, _ = stage.backward(stage.batch(0), 0)
+        steps.append((loss.item(), torch.cat([p.grad.flatten() for p in stage.net.parameters()])))
+    for loss, grad in steps[1:]:
+        assert loss == pytest.approx(steps[0][0], rel=1e-5) and relative_error(grad, steps[0][1]) < 1e-4 and grad.norm() > 1e-3
 
 
 def test_torchrun(home, monkeypatch):
