@@ -407,14 +407,13 @@ class GeneratorStage:
 
     @torch.no_grad()
     def features_of_all(self):
-        """Where images stay as they are and are few, the encoders see each once, not in every step: {name: [N, T, C]}, or
+        """Where images stay as they are, the encoders need see each only once, not in every step: {name: [N, T, C]}, or
         None where that would take more than KNOWN_BYTES."""
-        parts, left = [], KNOWN_BYTES
-        for ids in np.array_split(np.arange(len(self.data)), -(-len(self.data) // 256)):
-            parts.append({name: f[0] for name, f in self.features(self.data.batch(ids, device=self.args.device), 1).items()})
-            left -= sum(f.nbytes for f in parts[-1].values())
-            if left < 0:
-                return None
+        def features(ids):
+            return {name: f[0] for name, f in self.features(self.data.batch(ids, device=self.args.device), 1).items()}
+        if len(self.data) * sum(f.nbytes for f in features([0]).values()) > KNOWN_BYTES:
+            return None
+        parts = [features(ids) for ids in np.split(np.arange(len(self.data)), range(256, len(self.data), 256))]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def features_of_reals(self, reals, labels):

@@ -5,6 +5,7 @@ drift    the loss with its gradient against the plain port of tests/reference.py
          least (features in, gradient out), by the second; and the peak of memory of each
 step     training steps by `train.py --dry_run`: eager, compiled, in micro-batches; seconds, images and FLOPs by the second,
          these against a large matrix product's, memory. On a GPU latent_ablation and latent_L, else digits
+reals    a step of the digits run, whose reals the encoder sees once, against one that encodes its reals: A B A B ..., medians
 sample   images by the second of generator and decoder apart, random weights of latent_B_sota's and the SD-VAE's sizes: as
          sample.py has them, against float32 in torch's default memory format; on a GPU compiled too
 frechet  the trace term of fid.py at 2048 dimensions against scipy.linalg.sqrtm: CPU seconds
@@ -152,6 +153,25 @@ def bench_step():
                   f"predicted {figure('process, predicted: ')} GB, measured {figure('process, measured: ')} GB", flush=True)
 
 
+def bench_reals(runs=9):
+    with tempfile.TemporaryDirectory() as folder:
+        prepare_data.prepare("digits", f"{folder}/data")
+        data = prepare_data.Dataset(f"{folder}/data")
+        train.EncoderStage.network(train.parse(["--preset", "digits_encoder"]), data).save_pretrained(f"{folder}/encoder")
+        args = train.parse(["--preset", "digits", "--encoder", f"{folder}/encoder"])
+        ways, seconds = {}, {}
+        for way, train.KNOWN_BYTES in (("encoded in every step", 0), ("known", train.KNOWN_BYTES)):
+            state, update = train.set_up(args, data, train.Stop())
+            ways[way] = lambda step, stage=state["stage"], update=update: update(stage.batch(step), step)[1]()
+        for step in range(runs + 1):  # the first warms up
+            for way, function in ways.items():
+                began = time.perf_counter()
+                function(step)
+                seconds.setdefault(way, []).append(time.perf_counter() - began)
+        each, once = (statistics.median(s[1:]) for s in seconds.values())
+        print(f"a step of digits, its reals encoded: {each:.3g} s, known: {once:.3g} s, ratio {each / once:.2f}", flush=True)
+
+
 def bench_sample():
     import conftest
     device, n = ("cuda", 128) if torch.cuda.is_available() else ("cpu", 4)
@@ -256,7 +276,7 @@ def bench_read(n=4096, runs=7):
 
 
 if __name__ == "__main__":
-    benches = {"drift": bench_drift, "step": bench_step, "sample": bench_sample, "frechet": bench_frechet, "load": bench_load,
-               "read": bench_read}
+    benches = {"drift": bench_drift, "step": bench_step, "reals": bench_reals, "sample": bench_sample, "frechet": bench_frechet,
+               "load": bench_load, "read": bench_read}
     for name in sys.argv[1:] or benches:
         bench_load(["mae_latent_640"], 1) if name == "load640" else benches[name]()
