@@ -338,7 +338,7 @@ def test_dry_run(tmp_path, monkeypatch, capsys):
     for more in ([], ["--checkpoint_blocks"]):
         train.main([*words, *more])
         said = capsys.readouterr().out
-        assert "parameters: generator 0." in said and "digits_encoder 1.2M" in said and "750 steps: 0." in said
+        assert "parameters: generator 0." in said and "digits_encoder 1.2M" in said and "900 steps: 0." in said
         predicted, measured = (float(said.split(f"process, {what}: ")[1].split()[0]) for what in ("predicted", "measured"))
         assert 0 < predicted < 0.2 and measured < 2
         flops.append(float(said.split("a step: ")[1].split()[0]) * 1e12)
