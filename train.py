@@ -384,10 +384,8 @@ class GeneratorStage:
                                        device=args.device))
             source = self.queue or self.data
             ids = np.concatenate([source.draw(labels[slot], args.pos, rng), source.draw_any(args.uncond, rng)])
-            if self.known is None:
-                reals = self.data.batch(ids, rng, args.flip, args.device)
-            else:
-                reals = prepare_data.upload(ids, args.device)
+            reals = (prepare_data.upload(ids, args.device) if self.known else
+                     self.data.batch(ids, rng, args.flip, args.device))
             if args.crop_scale < 1:
                 reals = crop_resize(reals, random_crops(len(ids), args.crop_scale, rng), np.zeros(len(ids), bool))
             pos.append(reals[:args.pos]), uncond.append(reals[args.pos:])
