@@ -119,7 +119,7 @@ def drifting_field(gen, pos, neg, weight_neg, temperatures=TEMPERATURES, kernel=
     temperature the forces or their coefficients, whichever are smaller.
     """
     (labels, G, T, C), U, N = gen[0].shape, neg[0].shape[1], gen[0].shape[1] + neg[0].shape[1] + pos[0].shape[1]
-    like = full(gen[0][:0])
+    like = float32_at_least(gen[0][:0])
     numbers = N * C + len(temperatures) * G * (N + C)
     chunks = list(_chunks(len(gen), labels, T, max(1, CHUNK_BYTES.get(gen[0].device.type, 1 << 29) // (4 * numbers))))
     newest = {}                        # the chunk made last, which the next pass begins with
@@ -241,7 +241,7 @@ def affinity(logits, kernel):
     return square.clamp_min_(1e-6).sqrt_()  # the floor keeps a far sample's force alive: without it gradients change 43%
 
 
-def full(x):
+def float32_at_least(x):
     """x in float32; float64 stays, so that tests can ask for more digits."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -261,7 +261,7 @@ def multi_scale_features(maps):
         features[name] = rearrange(x, "n c h w -> n (h w) c")
         # Each scale from the one before, so that the map is read once: the variance of a patch is the mean variance of its
         # parts plus the variance of their means.
-        mean, variance = full(x), None
+        mean, variance = float32_at_least(x), None
         for size, suffix in ((2, "_2"), (4, "_4"), (None, "")):
             if size and (H % size or W % size):
                 continue

@@ -3,22 +3,28 @@
 Module and config names follow the authors' release, so that a published `metadata.json` builds the model as it stands.
 Axes in shape comments: n samples, c channels, h w pixels, t tokens (in-context ones first), d width.
 """
+import argparse
+import contextlib
+import datetime
+import errno
 import inspect
 import json
 import math
 import mmap
+import os
 import re
 import sys
 import warnings
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
-from drift import full, multi_scale_features
+from drift import float32_at_least, multi_scale_features
 
 # What the Hub's page of a saved model says (save_pretrained, push_to_hub).
 HUB_CARD = dict(library_name="drifting", license="mit", tags=["drifting", "one-step-generation"],
@@ -170,7 +176,7 @@ class Block(nn.Module):
         q, k, v = rearrange(self.qkv(x), "n t (three heads d) -> three n heads t d", three=3, heads=self.num_heads)
         q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
         if self.attn_fp32:
-            q, k, v = full(q), full(k), full(v)
+            q, k, v = float32_at_least(q), float32_at_least(k), float32_at_least(v)
         with torch.autocast(x.device.type, enabled=False):
             x = F.scaled_dot_product_attention(q, k, v)                                          # n heads t d
         return self.proj(rearrange(x, "n heads t d -> n t (heads d)"))
@@ -252,8 +258,8 @@ class MAE(nn.Module, Pretrained):
         x = self.patchify(x)                                                                     # n c 32 32
         hidden = mask.repeat_interleave(self.patch_size, 1).repeat_interleave(self.patch_size, 2)[:, None]
         maps = self.encoder(x * (1 - hidden))
-        recon = full(self.decoder(maps))                                                       # n c 32 32
-        logits = full(self.fc(maps[f"layer{self.encoder.num_stages}"].mean((2, 3))))              # n classes
+        recon = float32_at_least(self.decoder(maps))                                                       # n c 32 32
+        logits = float32_at_least(self.fc(maps[f"layer{self.encoder.num_stages}"].mean((2, 3))))              # n classes
         error = ((recon - x).square() * hidden).sum((1, 2, 3)) / hidden.sum((1, 2, 3)).clamp_min(1)
         return recon, logits, error, F.cross_entropy(logits, labels, reduction="none")
 
@@ -263,7 +269,7 @@ class MAE(nn.Module, Pretrained):
         Computed in the weights' type: with bfloat16 weights maps are bfloat16, and the statistics of them float32.
         """
         x = self.patchify(x)
-        norm_x = (full(x).square().mean((2, 3)) + 1e-6).sqrt()[:, None]                        # n 1 c
+        norm_x = (float32_at_least(x).square().mean((2, 3)) + 1e-6).sqrt()[:, None]                        # n 1 c
         return {"norm_x": norm_x, **multi_scale_features(self.encoder(x.to(self.encoder.conv1.weight.dtype)))}
 
 
@@ -393,7 +399,7 @@ class ConvNeXtV2(nn.Module):
         the last one's std once more as `global_std`; and `global_mean`, the final norm of the last map's mean as it is.
         """
         x = torch.stack([((channel + 1) / 2 - mean) / std for channel, mean, std in zip(
-            full(x).unbind(1), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))], 1)                # ImageNet's; not clipped
+            float32_at_least(x).unbind(1), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))], 1)                # ImageNet's; not clipped
         x = F.interpolate(x, (self.image_size, self.image_size), mode="bilinear", antialias=True, align_corners=False)
         x = self.embeddings["patch_embeddings"](x.to(self.embeddings["patch_embeddings"].weight.dtype))
         x = self.embeddings["layernorm"](x)                                                      # n 128 56 56
@@ -403,14 +409,14 @@ class ConvNeXtV2(nn.Module):
                 x = stage["downsampling_layer"](x)
             for block in stage["layers"]:
                 x = block(x)                                                                     # n c h w
-            y = rearrange(full(x), "n c h w -> n (h w) c")
+            y = rearrange(float32_at_least(x), "n c h w -> n (h w) c")
             mean, std = mean_and_std(y, 2)
             y = (y - mean) / (std + 1e-3)                                                        # n T c
             if i > 0:
                 found[f"convenxt_stage_{i}"] = y
             found[f"convenxt_stage_{i}_mean"], found[f"convenxt_stage_{i}_std"] = mean_and_std(y, 1)
         last = self.layernorm  # of a vector: in float32 whatever the weights are
-        found["global_mean"] = F.layer_norm(full(x).mean((2, 3)), last.normalized_shape, full(last.weight), full(last.bias),
+        found["global_mean"] = F.layer_norm(float32_at_least(x).mean((2, 3)), last.normalized_shape, float32_at_least(last.weight), float32_at_least(last.bias),
                                             last.eps)[:, None]                                   # n 1 c
         found["global_std"] = found[f"convenxt_stage_{i}_std"]
         return found
@@ -815,3 +821,129 @@ def read_flax(path):
         raise FileNotFoundError(f"{path}: not found; the authors' artifact is {' + '.join(FLAX_FILES)}") from None
     except Exception as error:  # msgpack raises a dozen kinds for bytes that are not what they should be
         raise ValueError(f"{path}: truncated, or not a flax msgpack file ({_one_line(error)})") from None
+
+
+# --------------------------------------------------------------------------------------------
+# What all scripts share: mistakes of the user's, processes, files that are whole or not there
+
+class UsageError(Exception):
+    """A mistake of the user's, or a file that is not what it should be: shown as one line.
+
+    Every other exception is a bug, ours or yours, and keeps its traceback.
+    """
+
+
+def run_script(main):
+    """Runs a script's main(), with a process group if torchrun started it.
+
+    A UsageError and a full disk end the script with one line, anything else with its traceback
+    and, of several processes, the number of the one where it happened.
+    """
+    script = Path(sys.argv[0]).name
+    try:
+        start_processes()
+        main()
+    except UsageError as error:
+        raise SystemExit(f"{script}: {error}") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise SystemExit(f"{script}: {error}: make room, and run the same command again; what was "
+                         "whole before is untouched") from None
+    except Exception as error:
+        if world_size() > 1:
+            error.add_note(f"on rank {get_rank()} of {world_size()}")
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def start_processes():
+    """Join torchrun's processes (RANK, LOCAL_RANK, WORLD_SIZE); nothing without torchrun."""
+    if "RANK" not in os.environ:
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl"
+    # If it were imported after the group exists, its default arguments would keep the group's
+    # threads alive until the interpreter ends, which then aborts.
+    from torch.distributed.nn import functional  # noqa: F401
+    # How long the others wait for a process that is lost, or slower.
+    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+
+
+def get_rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gather(value):
+    """The values of all processes, as a list (pickled: only what this run's processes made)."""
+    values = [value] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def on_all_ranks(function, *args, **options):
+    """function(...) on every process. Where it raises a UsageError, all processes end.
+
+    Without this, the others would wait for the one that gave up. The first that failed says why.
+    """
+    result, mistake = None, None
+    try:
+        result = function(*args, **options)
+    except UsageError as error:
+        mistake = error
+    failed = [rank for rank, message in enumerate(gather(str(mistake or ""))) if message]
+    if not failed:
+        return result
+    if failed[0] == get_rank():
+        raise mistake
+    raise SystemExit(1)
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """`with whole_file(path) as f`: f is written under a name of its own, synced, then renamed.
+
+    So a file called `path` is never half-written, and two writers do not mix.
+    """
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(partial, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def number(kind, least=-math.inf, most=math.inf, above=-math.inf):
+    """`type=` of an option: a finite int or float in [least, most] that is more than `above`."""
+    limits = {"at least": least, "at most": most, "more than": above}
+    wanted = " and ".join(f"{text} {limit}" for text, limit in limits.items()
+                          if math.isfinite(limit))
+
+    def parse(text):
+        value = kind(text)
+        if not (math.isfinite(value) and least <= value <= most and value > above):
+            raise argparse.ArgumentTypeError(f"must be {wanted or 'finite'}, not {text}")
+        return value
+    parse.__name__ = kind.__name__  # argparse names it where the text is no number at all
+    return parse
+
+
+positive_int = number(int, least=1)
