@@ -278,6 +278,8 @@ class SampleQueue:
     """
 
     def __init__(self, num_classes, per_class=128, overall=1000):
+        self.per_class = per_class
+        self.overall = overall
         self.of_class = [deque(maxlen=per_class) for _ in range(num_classes)]
         self.of_any = deque(maxlen=overall)
 

@@ -1,19 +1,20 @@
-"""Speed, as ratios within one run: `python tests/bench.py [names]`, on two threads or as many as OMP_NUM_THREADS says.
+"""Speed, as ratios within one run: `python tests/bench.py [names]`, on two threads, or as many as
+OMP_NUM_THREADS says.
 
-drift    the loss with its gradient against the plain port of tests/reference.py: A A B B A A ..., medians of the wall seconds
-         of each second run (the allocator then has what it needs, as in training); bytes that must be read and written at
-         least (features in, gradient out), by the second; and the peak of memory of each
-step     training steps by `train.py --dry_run`: eager, compiled, in micro-batches; seconds, images and FLOPs by the second,
-         these against a large matrix product's, memory. On a GPU latent_ablation and latent_L, else digits
-reals    a step of the digits run, whose reals the encoder sees once, against one that encodes its reals: A B A B ..., medians
-sample   images by the second of generator and decoder apart, random weights of latent_B_sota's and the SD-VAE's sizes: as
-         sample.py has them, against float32 in torch's default memory format; on a GPU compiled too
+drift    the loss with its gradient against the plain port of tests/reference.py, in turns: medians
+         of the seconds, and the peak of memory of each, in a process of its own
+step     training steps by `train.py --dry_run`: eager, compiled, in micro-batches; seconds,
+         FLOPs, memory. On a GPU latent_ablation and latent_L, else digits
+reals    a step of the digits run, whose reals pass the encoder once, against one that encodes them
+sample   images a second of the generator and of the decoder, of latent_B_sota's and the SD-VAE's
+         sizes with random weights, against float32 in torch's default memory format
 frechet  the trace term of fid.py at 2048 dimensions against scipy.linalg.sqrtm: CPU seconds
-load     reading artifacts of the sizes of latent_B_sota and latent_L_sota (random weights, 3.7 GB in a temporary folder):
-         seconds and peak of memory, authors' msgpack against the converted safetensors copy
-load640  the same of mae_latent_640 (22 GB in a temporary folder; only when named)
-read     a step's 4,096 latents from the prepared array against one .pt file for each, A B A B ..., medians of wall seconds
+load     artifacts of the sizes of latent_B_sota and latent_L_sota with random weights (3.7 GB in a
+         temporary folder): seconds and peak of memory, msgpack against the converted copy
+load640  the same of mae_latent_640 (22 GB in a temporary folder)
+read     a step's 4,096 latents from the prepared array against one .pt file for each
 """
+import functools
 import json
 import os
 import statistics
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+import conftest  # noqa: E402
 import drift  # noqa: E402
 import fid  # noqa: E402
 import model  # noqa: E402
@@ -35,248 +37,307 @@ import reference  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def synchronize():
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def in_turns(functions, runs, warm_up=1, calls=1):
+    """{name: function} -> {name: median seconds}, one after the other, again and again.
+
+    Of several `calls` in a row the last counts.
+    """
+    seconds = {name: [] for name in functions}
+    for run in range(warm_up + runs):
+        for name, function in functions.items():
+            for _ in range(calls - 1):
+                function()
+            synchronize()
+            began = time.perf_counter()
+            function()
+            synchronize()
+            if run >= warm_up:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+# --------------------------------------------------------------------------------------------
+# The drift loss
 
 def mae_256_shapes():
-    """(T, C) of the 86 features of a step on MAE-256: 12 maps with 7 each, `global` and `norm_x` (A.5)."""
+    """(T, C) of the 86 features on MAE-256: 12 maps with 7 each, `global` and `norm_x` (A.5)."""
     maps = [(1024, 256)] * 3 + [(256, 512)] * 3 + [(64, 1024)] * 4 + [(16, 2048)] * 2
-    return [(T // part, C) for T, C in maps for part in (1, T, T, 4, 4, 16, 16)] + [(1, 4096), (1, 4)]
+    shapes = [(1, 4096), (1, 4)]
+    for T, C in maps:
+        shapes += [(T // part, C) for part in (1, T, T, 4, 4, 16, 16)]
+    return shapes
 
 
-# name: shapes (T, C) of the features, labels, and generated, positive, unconditional samples of a label
-DRIFT = {"[256, 64, 144, 128]": ([(1, 128)], 256, 64, 64, 16), "[256, 64, 144, 640]": ([(1, 640)], 256, 64, 64, 16),
-         "five maps, 2 labels": ([(1024, 64), (256, 64), (64, 128), (16, 256), (1, 512)], 2, 64, 64, 16),
-         "86 features of MAE-256": (mae_256_shapes(), 1, 16, 16, 4)}
+# name: shapes (T, C) of the features, labels, generated, positive, unconditional samples of a label
+DRIFT = {
+    "[256, 64, 144, 128]": ([(1, 128)], 256, 64, 64, 16),
+    "[256, 64, 144, 640]": ([(1, 640)], 256, 64, 64, 16),
+    "five maps, 2 labels": ([(1024, 64), (256, 64), (64, 128), (16, 256), (1, 512)], 2, 64, 64, 16),
+    "86 features of MAE-256": (mae_256_shapes(), 1, 16, 16, 4),
+}
 
 
-def drift_case(name, device):
+def drift_case(name):
     shapes, labels, G, P, U = DRIFT[name]
-    g = torch.Generator(device).manual_seed(0)
-    gen, pos, neg = ({str(i): torch.randn(labels, n, T, C, generator=g, device=device) for i, (T, C) in enumerate(shapes)}
-                     for n in (G, P, U))
-    return gen, pos, neg, torch.rand(labels, U, generator=g, device=device)
+    stream = torch.Generator(DEVICE).manual_seed(0)
+    features = []
+    for n in (G, P, U):
+        features.append({f"{i}": torch.randn(labels, n, T, C, generator=stream, device=DEVICE)
+                         for i, (T, C) in enumerate(shapes)})
+    return *features, torch.rand(labels, U, generator=stream, device=DEVICE)
 
 
 def plain_port(gen, pos, neg, weight):
-    entries = lambda f: f.transpose(1, 2).flatten(0, 1)  # noqa: E731
-    return sum(reference.drift_loss(entries(gen[k]), entries(pos[k]), entries(neg[k]),
-                                    weight.repeat_interleave(gen[k].shape[2], 0)).mean() for k in gen)
+    loss = 0
+    for name in gen:
+        features = [drift.entries_of(f[name]) for f in (gen, pos, neg)]
+        weights = weight.repeat_interleave(gen[name].shape[2], 0)
+        loss = loss + reference.drift_loss(*features, weights).mean()
+    return loss
+
+
+def ours(*case):
+    return drift.feature_drift_loss(*case)[0]
+
+
+DRIFT_FUNCTIONS = {"plain port": plain_port, "drift.py": ours}
 
 
 def drift_step(function, gen, *rest):
     """The loss and its gradient at the features."""
     gen = {name: x.detach().requires_grad_() for name, x in gen.items()}
-    loss = function(gen, *rest)
-    (loss[0] if isinstance(loss, tuple) else loss).backward()
+    function(gen, *rest).backward()
 
 
-def peak_memory(name, which, device):
-    """Bytes beyond the inputs, in a process of its own (Linux: the most that was resident)."""
-    if device == "cuda":
-        case = drift_case(name, device)
+DRIFT_MEMORY = """
+import sys
+sys.path[:0] = {path}
+import bench
+function = bench.DRIFT_FUNCTIONS[{which!r}]
+*features, weight = case = bench.drift_case({name!r})
+# Once at one label and one location: pages of code and threads are not the loss's.
+small = [{{k: x[:1, :, :1] for k, x in f.items()}} for f in features]
+bench.drift_step(function, *small, weight[:1])
+open("/proc/self/clear_refs", "w").write("5")  # the peak begins here (Linux)
+before = bench.resident("VmRSS")
+bench.drift_step(function, *case)
+print(bench.resident("VmHWM") - before)
+"""
+
+
+def resident(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+
+def peak_memory(name, which):
+    """Bytes beyond the inputs, in a process of its own."""
+    if DEVICE == "cuda":
+        case = drift_case(name)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         drift_step(DRIFT_FUNCTIONS[which], *case)
         return torch.cuda.max_memory_allocated() - before
-    code = (f"import sys; sys.path[:0] = {sys.path[:2]}\nimport bench\nfunction = bench.DRIFT_FUNCTIONS[{which!r}]\n"
-            f"*features, weight = case = bench.drift_case({name!r}, 'cpu')\n"
-            # once at one label and one location: pages of code and threads are not the loss's
-            "bench.drift_step(function, *({k: x[:1, :, :1] for k, x in f.items()} for f in features), weight[:1])\n"
-            "status = lambda key: 1024 * next(int(x.split()[1]) for x in open('/proc/self/status') if x.startswith(key))\n"
-            "open('/proc/self/clear_refs', 'w').write('5')\nbefore = status('VmRSS')\n"
-            "bench.drift_step(function, *case)\nprint(status('VmHWM') - before)")
-    # a fixed threshold: what is freed goes back to the system, so that the peak is of tensors, not of glibc's fragments
+    # What is freed goes back to the system: the peak is of tensors, not of glibc's fragments.
     environment = dict(os.environ, MALLOC_TRIM_THRESHOLD_="131072")
-    return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment).stdout)
-
-
-DRIFT_FUNCTIONS = {"plain port": plain_port, "drift.py": drift.feature_drift_loss}
+    code = DRIFT_MEMORY.format(path=sys.path[:2], which=which, name=name)
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True,
+                          env=environment)
+    return int(done.stdout)
 
 
 def bench_drift(runs=7):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     for name in DRIFT:
-        case, seconds = drift_case(name, device), {which: [] for which in DRIFT_FUNCTIONS}
-        for _ in range(runs):
-            for which, function in DRIFT_FUNCTIONS.items():
-                for _ in range(2):
-                    began = time.perf_counter()
-                    drift_step(function, *case)
-                    synchronize(device)
-                    last = time.perf_counter() - began
-                seconds[which].append(last)
-        plain, ours = (statistics.median(s) for s in seconds.values())
-        least = 4 * sum(x.numel() for features in (case[0], *case[:3]) for x in features.values())  # gen's gradient too
-        del case
-        memory = [peak_memory(name, which, device) / 1e6 for which in DRIFT_FUNCTIONS]
-        print(f"drift loss, {name}: plain port {plain * 1e3:.0f} ms, drift.py {ours * 1e3:.0f} ms, ratio {plain / ours:.2f}; "
-              f"{least / 1e6:.0f} MB at least, {least / ours / 1e9:.1f} GB/s; memory beyond the inputs {memory[0]:.0f} MB, "
+        case = drift_case(name)
+        steps = {which: functools.partial(drift_step, function, *case)
+                 for which, function in DRIFT_FUNCTIONS.items()}
+        # At the second call the allocator has what it needs, as in training.
+        plain, mine = in_turns(steps, runs, warm_up=0, calls=2).values()
+        del case, steps
+        memory = [peak_memory(name, which) / 1e6 for which in DRIFT_FUNCTIONS]
+        print(f"drift loss, {name}: plain port {plain * 1e3:.0f} ms, drift.py {mine * 1e3:.0f} ms, "
+              f"ratio {plain / mine:.2f}; memory beyond the inputs {memory[0]:.0f} MB, "
               f"{memory[1]:.0f} MB, ratio {memory[0] / memory[1]:.2f}", flush=True)
 
 
-def synchronize(device):
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def rate(function, device, runs=3):
-    """Calls by the second: the median of some, after one to warm up."""
-    seconds = []
-    for _ in range(runs + 1):
-        began = time.perf_counter()
-        function()
-        synchronize(device)
-        seconds.append(time.perf_counter() - began)
-    return 1 / statistics.median(seconds[1:])
-
+# --------------------------------------------------------------------------------------------
+# Training
 
 def bench_step():
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    a = torch.randn(4096, 4096, device=device, dtype=dtype)
-    matmul = rate(lambda: a @ a, device) * 2 * 4096**3
-    print(f"a matrix product of 4096 in {dtype}: {matmul / 1e12:.3g} TFLOP/s", flush=True)
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    a = torch.randn(4096, 4096, device=DEVICE, dtype=dtype)
+    product = 2 * 4096**3 / in_turns({"": lambda: a @ a}, 3)[""]
+    print(f"a matrix product of 4096 in {dtype}: {product / 1e12:.3g} TFLOP/s", flush=True)
+    cases = [("digits", 10)]
+    if DEVICE == "cuda":
+        cases = [("latent_ablation", 8), ("latent_L", 4), ("latent_L", 8)]
     ways = {"eager": [], "compiled": ["--compile"], "micro-batches": ["--micro_batches", "2"]}
-    big = [("latent_ablation", 8), ("latent_L", 4), ("latent_L", 8), ("latent_L", 16)]
-    for preset, labels in big if device == "cuda" else [("digits", 10)]:
-        baseline = None
+    for preset, labels in cases:
         for way, options in ways.items():
-            command = [sys.executable, train.__file__, "--preset", preset, "--dry_run", "--labels", str(labels)]
-            done = subprocess.run([*command, *options], capture_output=True, text=True)
-            said, figure = done.stdout, lambda text: float(done.stdout.split(text)[1].split()[0])  # noqa: B023
-            if "a step, measured" not in said:
-                print(f"{preset}, {labels} labels, {way}: {(said + done.stderr).strip().splitlines()[-1]}", flush=True)
-                continue
-            seconds, flops = figure("a step, measured: "), figure("a step: ") * 1e12
-            baseline = baseline or seconds
-            images = labels * getattr(train.parse(["--preset", preset]), "gen")
-            print(f"{preset}, {labels} labels, {way}: {seconds:.3g} s, ratio {baseline / seconds:.2f}, {images / seconds:.4g} "
-                  f"images/s, {flops / seconds / 1e12:.3g} TFLOP/s, {flops / seconds / matmul:.0%} of the product's; memory "
-                  f"predicted {figure('process, predicted: ')} GB, measured {figure('process, measured: ')} GB", flush=True)
+            command = [sys.executable, train.__file__, "--preset", preset, "--dry_run", "--labels",
+                       str(labels), *options]
+            done = subprocess.run(command, capture_output=True, text=True)
+            lines = (done.stdout if done.returncode == 0 else done.stderr).splitlines()
+            wanted = ("a step", "memory") if done.returncode == 0 else lines[-1:]
+            said = [line for line in lines if line.startswith(tuple(wanted))]
+            print(f"{preset}, {labels} labels, {way}: {'; '.join(said)}", flush=True)
 
 
 def bench_reals(runs=9):
     with tempfile.TemporaryDirectory() as folder:
         prepare_data.prepare("digits", f"{folder}/data")
         data = prepare_data.Dataset(f"{folder}/data")
-        train.EncoderStage.network(train.parse(["--preset", "digits_encoder"]), data).save_pretrained(f"{folder}/encoder")
-        args = train.parse(["--preset", "digits", "--encoder", f"{folder}/encoder"])
-        ways, seconds = {}, {}
-        for way, train.KNOWN_BYTES in (("encoded in every step", 0), ("known", train.KNOWN_BYTES)):
-            state, update = train.set_up(args, data, train.Stop())
-            ways[way] = lambda step, stage=state["stage"], update=update: update(stage.batch(step), step)[1]()
-        for step in range(runs + 1):  # the first warms up
-            for way, function in ways.items():
-                began = time.perf_counter()
-                function(step)
-                seconds.setdefault(way, []).append(time.perf_counter() - began)
-        each, once = (statistics.median(s[1:]) for s in seconds.values())
-        print(f"a step of digits, its reals encoded: {each:.3g} s, known: {once:.3g} s, ratio {each / once:.2f}", flush=True)
+        encoder = train.EncoderStage(train.parse(["--preset", "digits_encoder"]), data).net
+        encoder.save_pretrained(f"{folder}/encoder")
+        run = train.Run(train.parse(["--preset", "digits", "--encoder", f"{folder}/encoder"]), data)
+        kept = run.stage.kept
 
+        def step(features):
+            run.stage.kept = features
+            run.update(run.stage.batch(0), 0)[2].read()
+
+        seconds = in_turns({"each": lambda: step(None), "once": lambda: step(kept)}, runs)
+        each, once = seconds.values()
+        print(f"a step of digits, its reals encoded: {each:.3g} s, encoded once: {once:.3g} s, "
+              f"ratio {each / once:.2f}", flush=True)
+
+
+# --------------------------------------------------------------------------------------------
+# Sampling and evaluation
 
 def bench_sample():
-    import conftest
-    device, n = ("cuda", 128) if torch.cuda.is_available() else ("cpu", 4)
-    generator = model.Generator(**conftest.published_generator("B")).eval().to(device)
-    baseline = None
-    for way in ("float32, default format", "as sample.py has it", "the same compiled")[:3 if device == "cuda" else 2]:
-        options = ["--compile"] if way.endswith("compiled") else []
-        vae = train.open_vae(train.parse(["--preset", "latent_ablation", "--dry_run", *options]))  # random, of the SD-VAE's sizes
-        if way.startswith("float32"):
-            vae.net.float().to(memory_format=torch.contiguous_format)
-        if options:
-            generator.compile()
-        for _ in range(2):  # the first warms up
-            seconds = {}
-            sample.generate(generator, np.arange(n), np.arange(n), batch_size=32, vae=vae, seconds=seconds)
-        baseline = baseline or seconds["decoder"]
-        print(f"generator B/2: {n / seconds['generator']:.3g} images/s; decoder, {way}: {n / seconds['decoder']:.3g} images/s, "
-              f"ratio {baseline / seconds['decoder']:.2f}", flush=True)
+    n = 128 if DEVICE == "cuda" else 4
+    generator = model.Generator(**conftest.published_generator("B")).eval().to(DEVICE)
+    words = ["--preset", "latent_ablation", "--dry_run"]
+    as_sampled = train.open_vae(train.parse(words))
+    plain = train.open_vae(train.parse(words))
+    plain.net.float().to(memory_format=torch.contiguous_format)
+    functions = {"latents": lambda: sample.generate(generator, np.arange(n), np.arange(n))}
+    latents = functions["latents"]().to(DEVICE)
+    functions |= {"float32 decoder": lambda: plain.decode(latents),
+                  "decoder as sample.py has it": lambda: as_sampled.decode(latents)}
+    if DEVICE == "cuda":
+        compiled = train.open_vae(train.parse([*words, "--compile"]))
+        functions["the same compiled"] = lambda: compiled.decode(latents)
+    with torch.no_grad():
+        for name, seconds in in_turns(functions, 3).items():
+            print(f"{name}: {n / seconds:.3g} images/s", flush=True)
 
 
 def bench_frechet(d=2048):
     import scipy.linalg
     rng = np.random.default_rng(0)
-    (mu1, a), (mu2, b) = (fid.statistics(torch.from_numpy(np.maximum(rng.standard_normal((4 * d, d)) + s, 0))) for s in (0, 0.1))
+    moments = []
+    for shift in (0, 0.1):
+        features = np.maximum(rng.standard_normal((4 * d, d)) + shift, 0)
+        moments.append(fid.statistics(torch.from_numpy(features)))
+    (mu1, sigma1), (mu2, sigma2) = moments
     began = time.process_time()
-    ours = fid.frechet_distance(mu1, a, mu2, b)
+    mine = fid.frechet_distance(mu1, sigma1, mu2, sigma2)
     middle = time.process_time()
-    root = scipy.linalg.sqrtm((a @ b).numpy())
+    root = scipy.linalg.sqrtm((sigma1 @ sigma2).numpy())
+    theirs = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * np.trace(root).real
     end = time.process_time()
-    theirs = float((mu1 - mu2).square().sum() + a.trace() + b.trace() - 2 * np.trace(root).real)
-    print(f"Frechet distance, {d} dimensions: scipy sqrtm {end - middle:.1f} CPU s, fid.py {middle - began:.1f} CPU s, "
-          f"ratio {(end - middle) / (middle - began):.1f}, difference {abs(ours - theirs):.1e}")
+    print(f"Frechet distance, {d} dimensions: scipy sqrtm {end - middle:.1f} CPU s, fid.py "
+          f"{middle - began:.1f} CPU s, ratio {(end - middle) / (middle - began):.1f}, difference "
+          f"{abs(mine - float(theirs)):.1e}")
 
+
+# --------------------------------------------------------------------------------------------
+# Reading
 
 LOAD = """
 import sys, time
-sys.path.insert(0, sys.argv[1])
-import model
+sys.path[:0] = {path}
+import bench, model
 open("/proc/self/clear_refs", "w").write("5")  # the peak begins here (Linux)
-memory = lambda: 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
-before, began = memory(), time.perf_counter()
-net = (model.load_generator if sys.argv[2] == "gen" else model.load_encoder)(sys.argv[3])
+before = bench.resident("VmHWM")
+began = time.perf_counter()
+net = model.load_{kind}({folder!r})
 for p in net.parameters():
     p.data.sum()  # so that every weight is in memory, mapped ones too
-print(time.perf_counter() - began, memory() - before)
-if len(sys.argv) > 4:
-    net.save_pretrained(sys.argv[4])
+print(time.perf_counter() - began, bench.resident("VmHWM") - before)
+if {copy!r}:
+    net.save_pretrained({copy!r})
 """
 
 
+def load(kind, folder, copy=None):
+    """Seconds and peak of memory, in a process of its own."""
+    code = LOAD.format(path=sys.path[:2], kind=kind, folder=str(folder), copy=copy and str(copy))
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return [float(word) for word in done.stdout.split()]
+
+
 def bench_load(names=("latent_B_sota", "latent_L_sota"), runs=3):
-    import conftest
-    configs = {"latent_B_sota": ("gen", conftest.published_generator("B")),
-               "latent_L_sota": ("gen", conftest.published_generator("L")),
-               "mae_latent_640": ("mae", dict(base_channels=640, layers=[3, 4, 6, 3], num_classes=1000))}
+    sizes = {"latent_B_sota": ("gen", conftest.published_generator("B")),
+             "latent_L_sota": ("gen", conftest.published_generator("L")),
+             "mae_latent_640": ("mae", dict(base_channels=640))}
     for name in names:
         with tempfile.TemporaryDirectory() as temporary:
-            kind, config = configs[name]
-            artifact, copy = conftest.random_artifact(Path(temporary) / name, kind, **config), Path(temporary) / "copy"
+            kind, config = sizes[name]
+            artifact = conftest.random_artifact(Path(temporary) / name, kind, **config)
             size = (artifact / "ema_params.msgpack").stat().st_size
-
-            def load(folder, *save):  # in a fresh process
-                command = [sys.executable, "-c", LOAD, str(Path(__file__).parent.parent), kind, str(folder), *map(str, save)]
-                return tuple(map(float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()))
-
-            load(artifact, copy)
-            (theirs, peak), (ours, peak_copy) = (map(statistics.median, zip(*(load(folder) for _ in range(runs))))
-                                                 for folder in (artifact, copy))
-            print(f"loading {name}, {size / 1e9:.2f} GB: msgpack {theirs:.1f} s, peak {peak / size:.2f} times its size; "
-                  f"converted copy {ours:.1f} s, {peak_copy / size:.2f} times; ratio {theirs / ours:.1f}", flush=True)
+            kind = {"gen": "generator", "mae": "encoder"}[kind]
+            copy = Path(temporary) / "copy"
+            load(kind, artifact, copy)
+            figures = []
+            for folder in (artifact, copy):
+                columns = zip(*(load(kind, folder) for _ in range(runs)))
+                figures.append([statistics.median(column) for column in columns])
+            (theirs, peak), (mine, peak_copy) = figures
+            print(f"loading {name}, {size / 1e9:.2f} GB: msgpack {theirs:.1f} s, peak "
+                  f"{peak / size:.2f} times its size; converted copy {mine:.1f} s, "
+                  f"{peak_copy / size:.2f} times; ratio {theirs / mine:.1f}", flush=True)
 
 
 def bench_read(n=4096, runs=7):
-    """float32 [n, 4, 32, 32] of files that hold mean and std, 16 KB in all: the means, and then draws with their noise."""
+    """Files hold mean and std, 16 KB; read are the means, and then draws with their noise."""
     with tempfile.TemporaryDirectory() as folder:
-        split, rng = Path(folder) / "train", np.random.default_rng(0)
+        split = Path(folder) / "train"
         split.mkdir()
+        rng = np.random.default_rng(0)
         array = rng.standard_normal((n, 2, 8, 32, 32), np.float32).astype(np.float16)
         array.tofile(split / "images.bin")
         np.save(split / "labels.npy", np.zeros(n, np.int64))
-        (split / "meta.json").write_text(json.dumps(dict(kind="latents", dtype="float16", shape=array.shape, classes=["a"])))
+        meta = dict(kind="latents", dtype="float16", shape=array.shape, classes=["a"])
+        (split / "meta.json").write_text(json.dumps(meta))
         for i, row in enumerate(array):
-            torch.save(dict(zip(("mean", "std"), torch.from_numpy(row[0].copy()).split(4))), split / f"{i}.pt")
-        data, ids = prepare_data.Dataset(folder), rng.permutation(n)
+            mean, std = torch.from_numpy(row[0].copy()).split(4)
+            torch.save({"mean": mean, "std": std}, split / f"{i}.pt")
+        data = prepare_data.Dataset(folder)
+        ids = rng.permutation(n)
 
         def files(rng=None):
             loaded = [torch.load(split / f"{i}.pt", weights_only=True) for i in ids]
             mean, std = (torch.stack([x[key] for x in loaded]).float() for key in ("mean", "std"))
-            return mean if rng is None else mean + std * torch.from_numpy(rng.standard_normal(mean.shape, np.float32))
+            if rng is None:
+                return mean
+            return mean + std * torch.from_numpy(rng.standard_normal(mean.shape, np.float32))
 
         assert torch.equal(files(), data.batch(ids))
         for what, stream in (("means", None), ("drawn, on the CPU", rng)):
-            seconds = {"files": [], "array": []}
-            for _ in range(runs):
-                for name, function in (("files", files), ("array", lambda rng: data.batch(ids, rng))):
-                    began = time.perf_counter()
-                    function(stream)
-                    seconds[name].append(time.perf_counter() - began)
-            theirs, ours = (statistics.median(s) for s in seconds.values())
-            print(f"{n} latents ({what}): one .pt file each {theirs * 1e3:.0f} ms, the array {ours * 1e3:.0f} ms, "
-                  f"ratio {theirs / ours:.1f}")
+            seconds = in_turns({"files": lambda: files(stream),
+                                "array": lambda: data.batch(ids, stream)}, runs, warm_up=0)
+            theirs, mine = seconds.values()
+            print(f"{n} latents ({what}): one .pt file each {theirs * 1e3:.0f} ms, the array "
+                  f"{mine * 1e3:.0f} ms, ratio {theirs / mine:.1f}")
 
+
+BENCHES = {"drift": bench_drift, "step": bench_step, "reals": bench_reals, "sample": bench_sample,
+           "frechet": bench_frechet, "load": bench_load, "read": bench_read}
 
 if __name__ == "__main__":
-    benches = {"drift": bench_drift, "step": bench_step, "reals": bench_reals, "sample": bench_sample, "frechet": bench_frechet,
-               "load": bench_load, "read": bench_read}
-    for name in sys.argv[1:] or benches:
-        bench_load(["mae_latent_640"], 1) if name == "load640" else benches[name]()
+    for name in sys.argv[1:] or BENCHES:
+        if name == "load640":
+            bench_load(["mae_latent_640"], 1)
+        else:
+            BENCHES[name]()

@@ -1,4 +1,5 @@
-"""What several tests share: the fixtures' folder, arrays in torch's layout, and a writer of the authors' weight format."""
+"""What several tests share: fixtures, arrays in torch's layout, the authors' artifact format."""
+import functools
 import json
 import os
 import re
@@ -11,10 +12,12 @@ import msgpack
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "tests" / "fixtures"
-os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start; their work is too small to be shared out
+# Of processes that tests start: their work is too small to be shared out.
+os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 sys.path.insert(0, str(ROOT))
 import model  # noqa: E402
@@ -30,13 +33,18 @@ def relative_error(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
+def same_weights(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(p, b[name]) for name, p in a.items())
+
+
 def flax_array(array, name=None):
     raw = msgpack.packb((array.shape, name or array.dtype.name, array.tobytes()))
     return msgpack.ExtType(1, raw)
 
 
 def write_flax(path, arrays):
-    """{path/of/keys: numpy array, a function that makes it, or a msgpack value} -> flax msgpack file of nested maps.
+    """{path/of/keys: numpy array, a function that makes it, or a msgpack value} -> flax's msgpack.
 
     One array at a time is in memory: 10 GB can be written.
     """
@@ -62,75 +70,184 @@ def write_flax(path, arrays):
         write(tree)
 
 
-def random_artifact(folder, kind, **config):
-    """An artifact as the authors publish it, of a generator ("gen") or MAE ("mae") of any size, with random weights."""
-    cls, tiny = {"gen": (model.Generator, "gen_latent_tiny"), "mae": (model.MAE, "mae_latent_tiny")}[kind]
-    metadata = json.loads((FIXTURES / tiny / "metadata.json").read_text())
-    config = metadata["model_config"] = {**metadata["model_config"], **config}
-    with torch.device("meta"):
-        shapes = {name: list(p.shape) for name, p in cls(**model._flax_config(config)).state_dict().items()}
-    rng, arrays = np.random.default_rng(0), {}
+def published(kind):
+    """A published artifact without its numbers, "gen": ablation or "mae": mae_latent_256.
 
-    def add(path, shape):
-        if path.endswith("kernel"):
-            shape = shape[::-1] if len(shape) == 2 else [*shape[2:], shape[1], shape[0]]
-        centre, scale = (float(not path.endswith("bias")), 0.02) if len(shape) == 1 else (0, np.prod(shape[:-1]) ** -0.5)
-        arrays[path] = lambda: rng.standard_normal(shape, np.float32) * np.float32(scale) + np.float32(centre)
+    Returns metadata.json as it is on the Hub, and the tree {path: shape}.
+    """
+    name = {"gen": "gen_ablation", "mae": "mae_latent_256"}[kind]
+    artifact = json.loads((FIXTURES / f"published/{name}.json").read_text())
+    return artifact["metadata"], {path: shape for path, (shape, _) in artifact["tree"].items()}
 
-    if kind == "mae":
-        for name, shape in shapes.items():
-            path = re.sub(r"(stages|layers)\.(\d+)", r"\1_\2", name).replace(".", "/")
-            add(re.sub("weight$", "kernel" if len(shape) > 1 else "scale", path), shape)
-    else:
-        styles = shapes.pop("style_embed")
-        for path in model.read_flax(FIXTURES / tiny / "ema_params.msgpack"):  # a block and a style table stand for all
-            if not re.search(r"blocks_(?!0/)|noise_embeds_(?!0/)", path):
-                for i in range(config["depth"] if "blocks_0" in path else styles[0] if "noise_embeds_0" in path else 1):
-                    name = re.sub(r"(blocks|noise_embeds)_0/", rf"\1_{i}/", path)
-                    (ours, _), = model._flax_state_dict({name: torch.zeros(1, 1)}, model.FLAX_GENERATOR_NAMES).items()
-                    add(name, styles[1:] if ours.startswith("style_embed") else shapes[ours])
+
+def random_artifact(folder, kind, **sizes):
+    """A published artifact with random weights, or its like of other sizes.
+
+    Metadata and names are the real ones; a generator has as many blocks and style tables as
+    `depth` and `noise_coords` say.
+    """
+    metadata, shapes = published(kind)
+    metadata["model_config"].update(sizes)
+    if sizes:
+        shapes = resized(shapes, kind, metadata)
+    rng = np.random.default_rng(0)
+
+    def numbers(path, shape):
+        if len(shape) > 1:
+            return rng.standard_normal(shape, np.float32) * np.float32(np.prod(shape[:-1]) ** -0.5)
+        centre = float(not path.endswith("bias"))
+        return (centre + 0.02 * rng.standard_normal(shape)).astype(np.float32)
+
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metadata.json").write_text(json.dumps(metadata))
-    write_flax(folder / "ema_params.msgpack", arrays)
+    write_flax(folder / "ema_params.msgpack",
+               {path: functools.partial(numbers, path, shape) for path, shape in shapes.items()})
     return folder
 
 
+def resized(shapes, kind, metadata):
+    """The published names with the shapes, in flax's layout, of the model of these metadata."""
+    kind = {"gen": "generator", "mae": "mae"}[kind]
+    config = model.release_config("metadata.json", metadata, kind)
+    with torch.device("meta"):
+        net = {"generator": model.Generator, "mae": model.MAE}[kind](**config)
+    state = {name: list(p.shape) for name, p in net.state_dict().items()}
+    for i in range(config.get("noise_coords", 0)):
+        state[f"style_embed.{i}"] = state["style_embed"][1:]
+    paths = []
+    for path in shapes:  # the first block and the first style table stand for all
+        if "blocks_0/" in path:
+            paths += [path.replace("blocks_0/", f"blocks_{i}/") for i in range(config["depth"])]
+        elif "noise_embeds_0/" in path:
+            paths += [f"noise_embeds_{i}/embedding" for i in range(config["noise_coords"])]
+        elif not re.search("(blocks|noise_embeds)_", path):
+            paths.append(path)
+    out = {}
+    for path in paths:
+        shape = state[model.our_name(path)]
+        if path.endswith("kernel"):
+            shape = [*shape[2:], shape[1], shape[0]]
+        out[path] = shape
+    return out
+
+
 def published_generator(size):
-    """The model_config of a generator of latents as published: `**published_generator("B")`."""
+    """The sizes of a published generator of latents: `**published_generator("B")`."""
     sizes = {"n_cls_tokens": 16, **model.GENERATOR_SIZES[size]}
-    return dict(input_size=32, cond_dim=sizes["hidden_size"], num_classes=1000, noise_classes=64, noise_coords=32, **sizes)
+    return dict(input_size=32, cond_dim=sizes["hidden_size"], num_classes=1000, noise_classes=64,
+                noise_coords=32, **sizes)
+
+
+# Sizes that make an artifact of 2 MB under the published names.
+SMALL_GENERATOR = dict(cond_dim=48, hidden_size=48)
+SMALL_MAE = dict(base_channels=8)
 
 
 def ranks(n, *command, **options):
-    """n processes of a script with arguments, set up as by torchrun, whose own start would take two seconds."""
+    """n processes of a script, set up as by torchrun, whose own start would take two seconds."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n))
-    return [subprocess.Popen([sys.executable, *map(str, command)], env={**os.environ, **place, "RANK": str(i), "LOCAL_RANK": str(i)},
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options) for i in range(n)]
+        port = str(s.getsockname()[1])
+    place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=str(n),
+                 LOCAL_WORLD_SIZE=str(n))
+    processes = []
+    for i in range(n):
+        environment = {**os.environ, **place, "RANK": str(i), "LOCAL_RANK": str(i)}
+        processes.append(subprocess.Popen(
+            [sys.executable, *map(str, command)], env=environment, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, **options))
+    return processes
 
 
 def small_vae(folder):
-    """A real AutoencoderKL, 1000 times smaller than the SD-VAE: 8 pixels a latent, 4 channels, random weights."""
+    """A real AutoencoderKL of the SD-VAE's form, 1000 times smaller, with random weights."""
     from diffusers import AutoencoderKL
     torch.manual_seed(0)
-    AutoencoderKL(block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4, sample_size=256,
-                  down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4).save_pretrained(folder)
+    net = AutoencoderKL(
+        block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4, sample_size=256,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+    net.save_pretrained(folder)
+    return folder
+
+
+def old_vae(folder, safetensors):
+    """The small VAE in the form of stabilityai/sd-vae-ft-mse.
+
+    Known, from the repository's pages and from copies of its config.json elsewhere on the Hub:
+    config.json, .bin and .safetensors (335 MB each); of the config the keys below, without a
+    scaling_factor, in 547 bytes of October 2022. Assumed: that attention's layers have diffusers'
+    names of that time.
+    """
+    source = small_vae(folder / "now")
+    config = json.loads((source / "config.json").read_text())
+    keys = ("act_fn", "block_out_channels", "down_block_types", "in_channels", "latent_channels",
+            "layers_per_block", "norm_num_groups", "out_channels", "sample_size", "up_block_types")
+    config = {"_class_name": "AutoencoderKL", "_diffusers_version": "0.4.2",
+              **{key: config[key] for key in keys}}
+    (folder / "config.json").write_text(json.dumps(config))
+    state = load_file(source / "diffusion_pytorch_model.safetensors")
+    for now, before in {"to_q": "query", "to_k": "key", "to_v": "value",
+                        "to_out.0": "proj_attn"}.items():
+        names = [name for name in state if f".{now}." in name]
+        assert len(names) == 4
+        for name in names:
+            state[name.replace(now, before)] = state.pop(name)
+    if safetensors:
+        save_file(state, folder / "diffusion_pytorch_model.safetensors")
+        (folder / "diffusion_pytorch_model.bin").write_bytes(b"not looked at")
+    else:
+        torch.save(state, folder / "diffusion_pytorch_model.bin")
+    return folder
+
+
+# What facebook/convnextv2-base-22k-224 has beside the network's sizes in its config.json. Known,
+# from the repository's pages: 70 kB, as ConvNextV2ForImageClassification saves it, with a name of
+# each class. Assumed: these keys, which transformers 4.27 writes.
+TRANSFORMERS = {
+    "architectures": ["ConvNextV2ForImageClassification"], "drop_path_rate": 0.0,
+    "id2label": {"0": "tench", "1": "goldfish"}, "initializer_range": 0.02,
+    "label2id": {"goldfish": 1, "tench": 0}, "num_stages": 4, "out_features": ["stage4"],
+    "out_indices": [4], "problem_type": "single_label_classification",
+    "stage_names": ["stem", "stage1", "stage2", "stage3", "stage4"], "torch_dtype": "float32",
+    "transformers_version": "4.27.0.dev0"}
+
+
+def convnext_of_transformers(folder, safetensors):
+    """The fixture's network in the form of facebook/convnextv2-base-22k-224, a classifier.
+
+    Known, from the repository's pages: until 2025 it had pytorch_model.bin alone, whose response
+    normalisation has gamma and beta; a pull request named "Renaming *.grn.gamma -> *.grn.weight"
+    brings model.safetensors. Assumed: that it was merged there, as in its siblings.
+    """
+    source = FIXTURES / "convnextv2_tiny"
+    config = json.loads((source / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **TRANSFORMERS}))
+    state = load_file(source / "model.safetensors")  # "convnextv2." before every name
+    state |= {"classifier.weight": torch.zeros(2, 64), "classifier.bias": torch.zeros(2)}
+    if safetensors:
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "pytorch_model.bin").write_bytes(b"not looked at")
+    else:
+        state = {name.replace("grn.weight", "grn.gamma").replace("grn.bias", "grn.beta"): tensor
+                 for name, tensor in state.items()}
+        assert any("grn.gamma" in name for name in state)
+        torch.save(state, folder / "pytorch_model.bin")
     return folder
 
 
 @pytest.fixture(scope="session")
 def mae_artifact(tmp_path_factory):
-    """The folder of `mae_latent_tiny`: its 12 MB of weights follow from shapes.json by the recipe of the fixtures."""
+    """`mae_latent_tiny`: its 12 MB of weights follow from shapes.json by the fixtures' recipe."""
     folder = tmp_path_factory.mktemp("mae_latent_tiny")
+    source = FIXTURES / "mae_latent_tiny"
     rng = np.random.RandomState(10)
     arrays = {}
-    for name, shape in json.loads((FIXTURES / "mae_latent_tiny/shapes.json").read_text()).items():
+    for name, shape in json.loads((source / "shapes.json").read_text()).items():
         if len(shape) > 1:
             array = rng.randn(*shape) / np.sqrt(np.prod(shape[:-1])) * 1.4
         else:
             array = float(name.endswith("scale")) + 0.3 * rng.randn(*shape)
         arrays[name] = array.astype(np.float32)
     write_flax(folder / "ema_params.msgpack", arrays)
-    (folder / "metadata.json").write_bytes((FIXTURES / "mae_latent_tiny/metadata.json").read_bytes())
+    (folder / "metadata.json").write_bytes((source / "metadata.json").read_bytes())
     return folder

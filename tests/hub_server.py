@@ -1,7 +1,8 @@
-"""A small Hugging Face Hub on 127.0.0.1: the requests by which huggingface_hub downloads and uploads models.
+"""A small Hugging Face Hub on 127.0.0.1: how huggingface_hub downloads and uploads models.
 
-Weights go by git-lfs's basic transfer, small files inside the commit. There is no Xet: uploads need HF_HUB_DISABLE_XET=1.
-That, HF_ENDPOINT=server.url and HF_HOME are read when huggingface_hub is imported, so give the client a process of its own.
+Weights go by git-lfs's basic transfer, small files inside the commit. There is no Xet: uploads need
+HF_HUB_DISABLE_XET=1. That, HF_ENDPOINT=server.url and HF_HOME are read when huggingface_hub is
+imported, so give the client a process of its own.
 What is not served here is answered 501, so that a test fails loudly.
 """
 import base64
@@ -26,22 +27,26 @@ ROUTES = {"file": f"(GET|HEAD) /{MODEL}/resolve/{REVISION}/(?P<path>.+)",
 
 
 def is_lfs(path, size):
-    return path.endswith((".bin", ".msgpack", ".npy", ".npz", ".pt", ".pth", ".safetensors")) or size > 10 << 20
+    weights = (".bin", ".msgpack", ".npy", ".npz", ".pt", ".pth", ".safetensors")
+    return path.endswith(weights) or size > 10 << 20
 
 
 def etag(path, data):
     """The Hub's name for a file's content: the sha256 if it lies in LFS, else git's blob id."""
-    return (hashlib.sha256(data) if is_lfs(path, len(data)) else hashlib.sha1(b"blob %d\0" % len(data) + data)).hexdigest()
+    if is_lfs(path, len(data)):
+        return hashlib.sha256(data).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 class HubServer:
-    """Serves `repos`, {repo id: {path: bytes} or a folder}, from start() to stop() or as a context manager.
+    """Serves `repos`, {repo id: {path: bytes} or a folder}, from start() to stop() or in a `with`.
 
-    private: {repo id: the token that opens it}. Once a token is known, others are refused everywhere, as on the Hub; until
-        then any will do. Uploads need one always.
-    requests: all so far, as Request(method, path as sent but without its query, range header, authorization header).
-    cut_after = N: the next GET of a file, or the next `cut_times`, ends after N bytes and the connection with it.
-    refs, commits: {repo id: {revision: sha}} and {repo id: {sha: {path: bytes}}}, to see what was uploaded.
+    private: {repo id: the token that opens it}. Once a token is known, others are refused
+        everywhere, as on the Hub; until then any will do. Uploads need one always.
+    requests: all so far, as Request(method, path without query, range and authorization header).
+    cut_after = N: the next GET of a file, or the next `cut_times`, ends after N bytes and the
+        connection with it.
+    refs, commits: {repo id: {revision: sha}}, {repo id: {sha: {path: bytes}}}: what was uploaded.
     """
 
     def __init__(self, repos=None, private=None):
@@ -52,18 +57,22 @@ class HubServer:
             self.add(repo, files)
 
     def add(self, repo, files, revision="main"):
-        """Make `files` the whole of a revision, new or not. Returns the commit's sha, which follows from their content."""
+        """Make `files` the whole of a revision, new or not. Returns the commit's sha, which follows
+        from their content."""
         if not isinstance(files, dict):
-            files = {p.relative_to(files).as_posix(): p.read_bytes() for p in Path(files).rglob("*") if p.is_file()}
-        sha = hashlib.sha1(repr(sorted((path, etag(path, data)) for path, data in files.items())).encode()).hexdigest()
+            files = {path.relative_to(files).as_posix(): path.read_bytes()
+                     for path in Path(files).rglob("*") if path.is_file()}
+        content = sorted((path, etag(path, data)) for path, data in files.items())
+        sha = hashlib.sha1(repr(content).encode()).hexdigest()
         self.commits.setdefault(repo, {})[sha] = dict(files)
         self.refs.setdefault(repo, {})[revision] = sha
         return sha
 
     @property
     def fetched(self):
-        """Path in its repository of each file that was asked for by GET, in order, repeats included."""
-        matches = (re.fullmatch(ROUTES["file"], f"{r.method} {r.path}") for r in self.requests if r.method == "GET")
+        """Path in its repository of each file that was asked for by GET, in order, with repeats."""
+        matches = [re.fullmatch(ROUTES["file"], f"GET {request.path}")
+                   for request in self.requests if request.method == "GET"]
         return [unquote(match["path"]) for match in matches if match]
 
     def start(self):
@@ -87,7 +96,8 @@ class Handler(BaseHTTPRequestHandler):
     timeout = 10  # of each read and write, so that no thread waits for a dead client
 
     def route(self):
-        hub, url, authorization = self.server.hub, urlsplit(self.path), self.headers["Authorization"]
+        hub, url = self.server.hub, urlsplit(self.path)
+        authorization = self.headers["Authorization"]
         hub.requests.append(Request(self.command, url.path, self.headers["Range"], authorization))
         known = hub.private.values()
         self.hub, self.token = hub, (authorization or "")[len("Bearer "):]
@@ -98,11 +108,13 @@ class Handler(BaseHTTPRequestHandler):
             for name, pattern in ROUTES.items():
                 match = re.fullmatch(pattern, f"{self.command} {url.path}")
                 if match and "create_pr" not in url.query:
-                    return getattr(self, name)(**{key: unquote(value or "main") for key, value in match.groupdict().items()})
+                    parts = {key: unquote(value) for key, value in match.groupdict().items()}
+                    return getattr(self, name)(**parts)
             raise Refusal(501, f"hub_server.py does not serve {self.command} {self.path}")
         except Refusal as refusal:
             status, *values = refusal.args
-            self.answer(b"", status, dict(zip(("X-Error-Message", "X-Error-Code", "X-Repo-Commit"), values)))
+            names = ("X-Error-Message", "X-Error-Code", "X-Repo-Commit")
+            self.answer(b"", status, dict(zip(names, values)))
         except ConnectionError:  # the client went away
             pass
 
@@ -124,7 +136,8 @@ class Handler(BaseHTTPRequestHandler):
         """(commit sha, files) of a revision, or the refusal that the Hub gives."""
         hub = self.hub
         if repo not in hub.refs or hub.private.get(repo, self.token) != self.token:
-            raise Refusal(404 if self.token else 401, "Repository not found", "RepoNotFound")  # not a word that it exists
+            # Not a word that it exists.
+            raise Refusal(404 if self.token else 401, "Repository not found", "RepoNotFound")
         if write and not self.token:
             raise Refusal(401, "Invalid username or password.")
         sha = hub.refs[repo].get(revision, revision)
@@ -164,8 +177,10 @@ class Handler(BaseHTTPRequestHandler):
     def preupload(self, repo, revision):
         files = self.files(repo, revision, write=True)[1]
         new = [(entry["path"], entry["size"]) for entry in json.loads(self.body)["files"]]
-        self.answer({"files": [{"path": path, "shouldIgnore": False, "uploadMode": "lfs" if is_lfs(path, size) else "regular",
-                                "oid": etag(path, files[path]) if path in files else None} for path, size in new]})
+        self.answer({"files": [{
+            "path": path, "shouldIgnore": False,
+            "uploadMode": "lfs" if is_lfs(path, size) else "regular",
+            "oid": etag(path, files[path]) if path in files else None} for path, size in new]})
 
     def lfs_batch(self, repo):
         self.files(repo, "main", write=True)
@@ -194,4 +209,5 @@ class Handler(BaseHTTPRequestHandler):
                 elif key != "header":
                     raise Refusal(501, f"hub_server.py does not serve {key}")
             sha = self.hub.add(repo, files, revision)
-        self.answer({"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{repo}/commit/{sha}"})
+        url = f"{self.hub.url}/{repo}/commit/{sha}"
+        self.answer({"success": True, "commitOid": sha, "commitUrl": url})

@@ -1,0 +1,240 @@
+"""sample.py: what an image depends on, and grids, folders and files of them."""
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import model
+import sample
+from conftest import FIXTURES, ROOT, published_generator, random_artifact, ranks, small_vae
+from hub_server import HubServer
+from model import UsageError
+
+TINY = FIXTURES / "gen_latent_tiny"  # 8x8x4 latents, 7 classes
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory):
+    return small_vae(tmp_path_factory.mktemp("vae"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Of a generator of digits."""
+    torch.manual_seed(0)
+    net = model.Generator(input_size=8, in_channels=1, num_classes=10, hidden_size=64, depth=2,
+                          num_heads=2, n_cls_tokens=4)
+    torch.nn.init.normal_(net.final_linear.weight, std=0.1)  # zero would hide everything
+    for block in net.blocks:
+        torch.nn.init.normal_(block.adaln.weight, std=0.5)
+    path = tmp_path_factory.mktemp("generator")
+    net.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def generator(folder):
+    return model.load_generator(folder)
+
+
+def run(*words):
+    sample.main([*map(str, words), "--device", "cpu"])
+
+
+# --------------------------------------------------------------------------------------------
+# Images
+
+def test_an_image_depends_on_seed_and_index_alone(generator):
+    labels = np.arange(12) % 10
+    images = sample.generate(generator, labels, np.arange(12), batch_size=12)
+    one_by_one = sample.generate(generator, labels, np.arange(12), batch_size=1)
+    assert torch.equal(images, one_by_one)
+    part = sample.generate(generator, labels[[7, 3]], [7, 3])
+    assert torch.equal(part, images[[7, 3]])
+    for change in (dict(seed=1, indices=np.arange(12)), dict(indices=np.arange(12) + 12)):
+        other = sample.generate(generator, labels, **change)
+        assert (other - images).abs().mean() > 0.01
+
+
+def test_every_input_matters(generator):
+    base = sample.generate(generator, [3], [0])
+    for change in (dict(cfg_scale=3.0), dict(temperature=0.5), dict(labels=[4])):
+        options = dict(labels=[3], indices=[0]) | change
+        assert (sample.generate(generator, **options) - base).abs().mean() > 1e-3
+    noise, style = sample.image_noise(generator, 0, 0)
+    assert len(style.unique()) > 10  # drawn, not zeros
+    with torch.no_grad():
+        args = noise[None], torch.tensor([3]), torch.ones(1)
+        change = generator(*args, style[None]) - generator(*args, style[None].roll(1))
+    assert change.abs().mean() > 1e-3
+
+
+def test_damaged_weights_are_told(folder):
+    damaged = model.load_generator(folder)
+    torch.nn.init.constant_(damaged.final_linear.bias, float("nan"))
+    with pytest.raises(UsageError, match="NaN or Inf"):
+        sample.generate(damaged, [0], [0])
+
+
+def test_uint8_is_floor():
+    x = torch.tensor([-1.0, 1.0, 0.0, -2.0, 2.0, np.nan, np.inf, 2 * (100.999 / 255) - 1])
+    assert sample.to_uint8(x).tolist() == [0, 255, 127, 0, 255, 0, 255, 100]
+
+
+# --------------------------------------------------------------------------------------------
+# The command
+
+def test_grids_folders_and_files(generator, folder, tmp_path):
+    run("--ckpt", folder, "--out", tmp_path / "g.png", "--classes", 3, 7, "--num_images", 6)
+    grid = np.asarray(Image.open(tmp_path / "g.png"))
+    assert grid.shape == (3 * 66 - 2, 2 * 66 - 2, 3)
+    tile = sample.to_uint8(sample.generate(generator, [7], [3]))[0]  # second row, second column
+    tile = Image.fromarray(tile[0].numpy()).resize((64, 64), Image.Resampling.BICUBIC)
+    assert np.abs(grid[66:130, 66:130, 0].astype(int) - np.asarray(tile)).max() <= 1
+
+    run("--ckpt", folder, "--out", tmp_path / "x.npz", "--num_images", 5)
+    array = np.load(tmp_path / "x.npz")["arr_0"]
+    assert array.shape == (5, 8, 8, 1) and array.dtype == np.uint8
+    run("--ckpt", folder, "--out", tmp_path / "one", "--num_images", 5, "--batch_size", 2)
+    files = [f"00000{i}_{i}.png" for i in range(5)]
+    assert sorted(os.listdir(tmp_path / "one")) == files
+    for i, name in enumerate(files):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "one" / name)), array[i, :, :, 0])
+    assert sorted(os.listdir(tmp_path)) == ["g.png", "one", "x.npz"]  # no scratch is left
+
+
+def test_two_runs_into_one_file_do_not_mix(folder, tmp_path):
+    """Side by side, with other seeds: the file is one's or the other's as a whole."""
+    whole = []
+    for seed in (1, 2):
+        run("--ckpt", folder, "--num_images", 50, "--seed", seed, "--out", tmp_path / "x.npz")
+        whole.append(np.load(tmp_path / "x.npz")["arr_0"])
+    command = [sys.executable, ROOT / "sample.py", "--ckpt", folder, "--num_images", "50",
+               "--out", tmp_path / "x.npz", "--device", "cpu", "--seed"]
+    both = [subprocess.Popen([*command, seed], stderr=subprocess.DEVNULL) for seed in "12"]
+    assert [process.wait(100) for process in both] == [0, 0]
+    last = np.load(tmp_path / "x.npz")["arr_0"]
+    assert any(np.array_equal(last, images) for images in whole)
+    assert not np.array_equal(*whole) and os.listdir(tmp_path) == ["x.npz"]
+
+
+def test_many_images_are_of_all_classes_and_folders_are_not_mixed(tmp_path):
+    torch.manual_seed(0)
+    net = model.Generator(8, 3, None, 2, 32, 1, 2, num_classes=20, n_cls_tokens=1)
+    net.save_pretrained(tmp_path / "g")
+    command = ["--ckpt", tmp_path / "g", "--out", tmp_path / "folder", "--num_images"]
+    for _ in range(2):  # the second run is the same
+        run(*command, 40)
+        files = [f"{i:06d}_{i % 20}.png" for i in range(40)]
+        assert sorted(os.listdir(tmp_path / "folder")) == files
+    for options in ([39], [40, "--classes", 3]):
+        with pytest.raises(UsageError, match="holds images of another run"):
+            run(*command, *options)
+
+
+def test_labelled_rows_of_alphas_and_styles(vae_folder, tmp_path):
+    """Row r, column i is image i at that alpha and style; what is held is held."""
+    run("--ckpt", TINY, "--vae", vae_folder, "--classes", 3, "--num_images", 4, "--cfg_scale", 1, 3,
+        "--style", "free", "fixed", "alone", "--out", tmp_path / "rows.png")
+    grid = np.asarray(Image.open(tmp_path / "rows.png"))
+    side = 66           # 64 pixels and a gap of 2
+    height = side + 20  # and a line of text
+    assert grid.shape == (6 * height - 2, 4 * side - 2, 3)
+    generator = model.load_generator(TINY)
+    vae = model.load_vae(vae_folder)
+    noise, styles = zip(*(sample.image_noise(generator, 0, i) for i in range(4)))
+    rows = []
+    for row in ((noise, styles), (noise, styles[:1] * 4), (noise[:1] * 4, styles)):
+        rows += [(*row, 1.0), (*row, 3.0)]
+    for r, (noise, styles, alpha) in enumerate(rows):
+        assert (grid[r * height:][:18] < 128).any()  # the label
+        for i in range(4):
+            with torch.no_grad():
+                x = generator(noise[i][None], torch.tensor([3]), torch.tensor([alpha]),
+                              styles[i][None])
+                wanted = sample.to_uint8(vae.decode(x))[0].permute(1, 2, 0).numpy()
+            tile = grid[r * height + 20:][:64, i * side:][:, :64]
+            assert np.abs(tile.astype(int) - wanted).max() <= 1, (r, i)
+
+
+def test_the_same_at_any_batch_size_and_on_two_processes(folder, vae_folder, tmp_path):
+    """A file of a block of a published B/2 with a VAE, and a folder of digits: every bit."""
+    artifact = random_artifact(tmp_path / "b2", "gen", **published_generator("B") | {"depth": 1})
+    command = ["--ckpt", artifact, "--vae", vae_folder, "--classes", 22, 88, "--num_images", 2]
+    run(*command, "--out", tmp_path / "grid.png", "--batch_size", 2)
+    run(*command, "--out", tmp_path / "one.npz", "--batch_size", 1)
+    digits = ["--ckpt", folder, "--num_images", 5]
+    run(*digits, "--out", tmp_path / "one")
+    lines = [[*command, "--batch_size", 2, "--out", tmp_path / "two.npz", "--device", "cpu"],
+             [*digits, "--out", tmp_path / "two", "--device", "cpu"]]
+    (tmp_path / "script.py").write_text(f"""if True:
+        import sys
+        sys.path.insert(0, {str(ROOT)!r})
+        import model, sample
+
+        def main():
+            for line in {[[str(word) for word in line] for line in lines]}:
+                sample.main(line)
+        model.run_script(main)""")
+    processes = ranks(2, tmp_path / "script.py")
+    said = [process.communicate(timeout=100)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    files = sorted(os.listdir(tmp_path / "one"))
+    assert sorted(os.listdir(tmp_path / "two")) == files and len(files) == 5
+    for name in files:
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    one = np.load(tmp_path / "one.npz")["arr_0"]
+    assert one.shape == (2, 256, 256, 3) and one.dtype == np.uint8 and one.std() > 10
+    assert np.array_equal(one, np.load(tmp_path / "two.npz")["arr_0"])
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert grid.shape == (256, 2 * 258 - 2, 3)
+    for i, image in enumerate(one):
+        assert np.array_equal(grid[:, i * 258:][:, :256], image)
+
+
+def test_one_command_from_the_hub_to_a_grid(vae_folder, tmp_path):
+    """As a user has it: published name, empty cache, VAE from the Hub."""
+    place = "models/gen/jax/latent_L_sota"
+    vae = {name: (vae_folder / name).read_bytes() for name in model.VAE_FILES}
+    artifact = {f"{place}/{path.name}": path.read_bytes() for path in TINY.iterdir()}
+    with HubServer({"stabilityai/sd-vae-ft-mse": vae, "Goodeat/drifting": artifact}) as hub:
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+        command = [sys.executable, ROOT / "sample.py", "--ckpt", "hf://latent_L_sota", "--classes",
+                   "2", "5", "--num_images", "4", "--cfg_scale", "1.0"]
+        said = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True,
+                              text=True, check=True).stdout
+        assert hub.fetched == [f"{place}/{name}" for name in model.FLAX_FILES] + [*model.VAE_FILES]
+    assert said == "samples.png: 4 images\n"
+    assert Image.open(tmp_path / "samples.png").size == (2 * 66 - 2, 2 * 66 - 2)
+
+
+def test_a_mistake_is_one_line_and_pixels_need_no_diffusers(folder, tmp_path):
+    code = ("import sys; sys.argv[0] = 'sample.py'; sys.path.insert(0, sys.argv.pop(1)); "
+            "import model, sample; model.run_script(sample.main); "
+            "assert 'diffusers' not in sys.modules; print('pixels are done', file=sys.stderr); "
+            "sys.argv[2] = 'nowhere'; model.run_script(sample.main)")
+    command = [sys.executable, "-c", code, ROOT, "--ckpt", folder, "--num_images", "1"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 1 and (tmp_path / "samples.png").is_file(), result.stderr
+    after = result.stderr.partition("pixels are done\n")[2]
+    assert after.startswith("sample.py: nowhere") and after.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [
+    ["--out", "x.jpg"], ["--seed", "-1"], ["--cfg_scale", "nan"], ["--num_images", "0"],
+    ["--cfg_scale", "1", "2", "--out", "folder"], ["--style", "other"], ["--seeds", "1"]])
+def test_options_that_make_no_sense(words, capsys):
+    with pytest.raises(SystemExit):
+        sample.parse(["--ckpt", "g", *words])
+    assert "error: " in capsys.readouterr().err
+
+
+def test_classes_and_models_that_are_not_there(folder, mae_artifact, tmp_path):
+    with pytest.raises(UsageError, match="this generator knows 0 to 9"):
+        run("--ckpt", folder, "--classes", 10, "--out", tmp_path / "x.png")
+    with pytest.raises(UsageError, match="generator"):
+        run("--ckpt", mae_artifact, "--out", tmp_path / "x.png")
