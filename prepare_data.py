@@ -65,10 +65,15 @@ class Dataset:
         try:
             self.meta = json.loads((path / "meta.json").read_text())
             shape = tuple(self.meta["shape"])
-            self.images = np.memmap(path / "images.bin", KINDS[self.meta["kind"]], "r", shape=shape)
+            dtype = np.dtype(KINDS[self.meta["kind"]])
+            expected = math.prod(shape) * dtype.itemsize
+            size = (path / "images.bin").stat().st_size
+            if size != expected:
+                raise ValueError(f"images.bin has {size} bytes, its meta.json says {expected}")
+            self.images = np.memmap(path / "images.bin", dtype, "r", shape=shape)
             self.index(np.load(path / "labels.npy", allow_pickle=False))
-            in_order = np.repeat(np.arange(self.num_classes), self.count)
-            if len(self) != shape[0] or not np.array_equal(self.labels, in_order):
+            in_order = (np.diff(self.labels) >= 0).all()
+            if len(self) != shape[0] or len(self.count) != self.num_classes or not in_order:
                 raise ValueError("labels.npy does not fit meta.json")
         except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
             raise UsageError(f"{path}: cannot be read ({one_line(error)}): prepare it "
