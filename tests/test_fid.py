@@ -207,6 +207,9 @@ def test_precision_recall(expected):
     fake = fake[:120].double()
     by_hand = inside(fake.numpy(), real.numpy()), inside(real.numpy(), fake.numpy())
     assert fid.precision_recall(real, fake) == by_hand and 0 < by_hand[1] < by_hand[0] < 1
+    line = torch.tensor([[0.0], [1.0], [2.0], [3.0]])  # its balls have radius 1
+    on_the_surface = torch.tensor([[4.0], [6.0]])
+    assert fid.precision_recall(line, on_the_surface, k=1)[0] == 0.5
 
 
 # --------------------------------------------------------------------------------------------
