@@ -550,7 +550,7 @@ def command_eval(args, extractor):
     if args.images:
         available, read = open_images(args.images)
         num_images = args.num_images or available
-        if not 10 <= num_images <= available:  # the Inception Score takes ten parts
+        if num_images > available:
             raise UsageError(f"{args.images} holds {available} images, asked for are {num_images}")
         sources.append(({"images": args.images}, read))
     else:
@@ -563,7 +563,12 @@ def command_eval(args, extractor):
                 source["vae"] = args.vae
             read = generated(generator, alpha, args.seed, args.temperature, vae)
             sources.append((source, read))
+    if num_images < 10:
+        raise UsageError(f"{num_images} images are too few: the Inception Score takes ten parts")
     reference = open_reference(extractor, args.ref, args.data, args.batch_size)
+    if get_rank() == 0 and num_images <= len(reference["mu"]):
+        print(f"warning: {num_images} images are fewer than the features: the distance is too "
+              "high, and only comparable with those of equally many images", file=sys.stderr)
     for source, read in sources:
         result = evaluate(read, num_images, extractor, reference, args.batch_size)
         if args.ref and args.data:

@@ -742,8 +742,8 @@ def train(args):
             with torch.no_grad():
                 images, columns = run.stage.preview(run.emas[0])
             sample.save_grid(images, columns, out / f"samples_{done:08d}.png")
-        # Before the checkpoint: an evaluation that is interrupted is made again by the same command.
-        # The first is of few images: it fails at once, if at all.
+        # Before the checkpoint: where an evaluation is interrupted, the same command goes on from
+        # the checkpoint before and makes it. The first is of few images, to fail at once if at all.
         if eval_every and (done % eval_every == 0 or done == 1):
             evaluator(run.emas[0], done, 100 if done % eval_every else args.eval_images)
         if done % args.save_every == 0 or done == args.steps or stopping:
