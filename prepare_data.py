@@ -68,6 +68,8 @@ class Dataset:
             dtype = np.dtype(KINDS[self.meta["kind"]])
             expected = math.prod(shape) * dtype.itemsize
             size = (path / "images.bin").stat().st_size
+            if len(shape) != {"pixels": 4, "latents": 5}[self.meta["kind"]]:
+                raise ValueError(f"shape {list(shape)} of {self.meta['kind']}")
             if size != expected:
                 raise ValueError(f"images.bin has {size} bytes, its meta.json says {expected}")
             self.images = np.memmap(path / "images.bin", dtype, "r", shape=shape)
@@ -75,7 +77,7 @@ class Dataset:
             in_order = (np.diff(self.labels) >= 0).all()
             if len(self) != shape[0] or len(self.count) != self.num_classes or not in_order:
                 raise ValueError("labels.npy does not fit meta.json")
-        except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise UsageError(f"{path}: cannot be read ({one_line(error)}): prepare it "
                              "again") from error
         self.shape = shape[1:]
@@ -480,7 +482,10 @@ def begin(folder, partial, meta, size, blocks):
         return False
     images = partial / "images.bin"
     # It is smaller if a run was killed just after it took broken images out.
-    there = (partial / "meta.json").is_file() and images.stat().st_size == size
+    wanted = {"images.bin": size, "done": blocks}
+    there = (partial / "meta.json").is_file() and all(
+        (partial / name).is_file() and (partial / name).stat().st_size == size
+        for name, size in wanted.items())
     if get_rank() == 0 and not there:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -489,7 +494,8 @@ def begin(folder, partial, meta, size, blocks):
             raise UsageError(f"{partial} needs {size / 1e9:.2f} GB, the disk has {free / 1e9:.2f}")
         images.touch()
         os.truncate(images, size)
-        (partial / "done").write_bytes(bytes(blocks))
+        with whole_file(partial / "done") as f:
+            f.write(bytes(blocks))
         with whole_file(partial / "meta.json") as f:
             f.write(json.dumps(meta).encode())
     return True

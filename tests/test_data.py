@@ -473,7 +473,7 @@ def test_a_full_disk_keeps_what_is_done(tmp_path, folder, monkeypatch):
 
     def full(handle):
         calls.append(handle)
-        if len(calls) == 3:  # meta.json, the first block, and then the second
+        if len(calls) == 4:  # done, meta.json, the first block, and then the second
             raise OSError(errno.ENOSPC, "No space left on device")
         fsync(handle)
 
@@ -481,9 +481,14 @@ def test_a_full_disk_keeps_what_is_done(tmp_path, folder, monkeypatch):
     with pytest.raises(OSError, match="No space left"):  # run_script makes one line of it
         prepare_data.prepare(tmp_path / "many", tmp_path / "out")
     monkeypatch.undo()
-    assert (tmp_path / "out/train.tmp/done").read_bytes() == b"\1\0\0"
+    done = tmp_path / "out/train.tmp/done"
+    assert done.read_bytes() == b"\1\0\0"
+    shutil.copytree(tmp_path / "out", tmp_path / "torn")
+    (tmp_path / "torn/train.tmp/done").write_bytes(b"")  # says of no block that it is missing
+    prepare_data.prepare(tmp_path / "many", tmp_path / "torn")
     prepare_data.prepare(tmp_path / "many", tmp_path / "out")
     prepare_data.prepare(tmp_path / "many", tmp_path / "at_once")
+    assert files_of(tmp_path / "torn/train") == files_of(tmp_path / "at_once/train")
     assert files_of(tmp_path / "out/train") == files_of(tmp_path / "at_once/train")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 1))
     with pytest.raises(model.UsageError, match="needs 0.00 GB, the disk has 0.00"):
