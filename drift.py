@@ -10,14 +10,18 @@ V is anti-symmetric in the two distributions, so when they match, V = 0 and noth
     y+        pos                   [B, P, C]   real samples of the same label
     y-        neg                   [B, U, C]   real samples of any label: guidance, with a weight
     w         weight_neg            [B, U]      (alpha - 1)(G - 1) / U
-    V         force                 [B, G, C]   the drifting field
+    A         pull                  [B, G, N]   what each of the N targets y does to each sample:
+    V         force                 [B, G, C]   V_i = sum_j A_ij (y_j - x_i), the field
     tau       temperatures          3 floats    kernel widths, in units of the mean distance
     k(x, y)   affinity(dist, tau)   [B, G, N]   N = G + U + P targets of each generated sample
     alpha     cfg_scale             [labels]    guidance scale; the generator is conditioned on it
 
 A batch entry b is one label at one location of one feature map: samples are compared with those
-of the same label at the same location, and with no others. Run this file for the paper's 2-D
-experiment (5.1): `python drift.py`, or one target: `python drift.py swiss_roll`.
+of the same label at the same location, and with no others. `drift_loss` is the paper's field,
+`sinkhorn_loss` that of W-Flow (arXiv 2605.11755); what a field does not decide is `chase`.
+
+Run this file for the paper's 2-D experiment (5.1): `python drift.py`, or one target and the other
+field: `python drift.py swiss_roll --field sinkhorn`.
 """
 import argparse
 import functools
@@ -33,6 +37,7 @@ from einops import rearrange
 
 TEMPERATURES = (0.02, 0.05, 0.2)  # A.6
 KERNELS = ("both", "targets", "none")  # Table 11, see `affinity`
+REPELLED_BY = ("independent", "own", "none")  # see `sinkhorn_loss`
 
 
 # --------------------------------------------------------------------------------------------
@@ -46,27 +51,104 @@ def drift_loss(gen, pos, neg=None, weight_neg=None, temperatures=TEMPERATURES, k
     kernel: what affinities are normalised over, one of KERNELS (Table 11).
     attraction, repulsion: multipliers of V+ and V- (Table 1). Unequal ones break the
     anti-symmetry, and training: FID 8.46 becomes 41 at attraction 1.5.
+    reduce, and what is returned: see `chase`.
+    Raises ValueError for shapes that do not fit together.
+    """
+    B, G, C = gen.shape
+    P = pos.shape[1]
+    if neg is None:
+        neg = gen[:, :0]
+        weight_neg = gen.new_ones(B, 0)
+    U = neg.shape[1]
+    check_shapes(gen, pos=(pos, P), neg=(neg, U))
+    if weight_neg.shape != (B, U):
+        raise ValueError(f"weight_neg is {list(weight_neg.shape)}: must be {[B, U]}")
+    w = torch.cat([gen.new_ones(B, G), weight_neg, gen.new_ones(B, P)], 1)     # B N
+    # Filling, unlike copying numbers from the host, does not make a GPU wait.
+    taus = torch.stack([w.new_full((1, 1), tau) for tau in temperatures])      # taus 1 1
+
+    def pull(dist, b, scale, unit):
+        d = dist.div_(scale.clamp_min(1e-3))                                   # b G N
+        d[:, :, :G].diagonal(dim1=1, dim2=2).add_(100)  # a sample does not repel itself
+        A = affinity(d[:, None], taus, kernel)                                 # b taus G N
+        A.mul_(w[b, None, None])  # inside the softmaxes a weight would act as its root
+        A_neg, A_pos = A.split([G + U, P], 3)                                  # views of A
+        sum_neg = A_neg.sum(3, keepdim=True)
+        sum_pos = A_pos.sum(3, keepdim=True)
+        A_pos.mul_(attraction * sum_neg)
+        A_neg.mul_(-repulsion * sum_pos)
+        return A
+
+    return chase(gen, [neg, pos], w, pull, temperatures, 1, reduce)
+
+
+def sinkhorn_loss(gen, gen2, pos, uncond=None, cfg_scale=None, temperature=0.05, iterations=10,
+                  repelled_by="independent", reduce=None):
+    """The loss of the Sinkhorn divergence's gradient flow (W-Flow, arXiv 2605.11755).
+
+    gen, gen2 [B, G, C], pos [B, P, C], uncond [B, U, C], cfg_scale alpha [B]. gen2 is a second,
+    independent batch of generated samples of the same labels and alphas. With T(Y)_i the mean of
+    Y that the entropic optimal transport plan between gen and Y assigns to sample i,
+        V = T(pos) - T(gen2) + (alpha - 1) (T(pos) - T(uncond))
+    temperature: entropic regularisation R, in units of the mean squared distance.
+    repelled_by: gen2 is left out by "own" (T of gen without the sample itself) and by "none"
+    (V = T(pos) - x, no repulsion), which show what it is good for.
+
+    W-Flow's release normalises in each process and micro-batch (two labels), and averages over
+    features. Here sums are those of the whole batch and losses add up: a step does not depend on
+    how it is split, and --clip sees a larger gradient. Equations: section 4, and the release.
+    reduce, and what is returned: see `chase`.
+    Raises ValueError for shapes that do not fit together.
+    """
+    B, G, C = gen.shape
+    P = pos.shape[1]
+    if repelled_by != "independent":
+        gen2 = gen[:, :0]
+    if uncond is None:
+        uncond = gen[:, :0]
+        cfg_scale = gen.new_ones(B)
+    G2, U = gen2.shape[1], uncond.shape[1]
+    check_shapes(gen, gen2=(gen2, G2), pos=(pos, P), uncond=(uncond, U))
+    # The scale is that of all targets but the unconditional ones.
+    w = torch.cat([gen.new_ones(B, G + G2), gen.new_zeros(B, U), gen.new_ones(B, P)], 1)
+    alpha = cfg_scale[:, None, None]
+
+    def pull(dist, b, scale, unit):
+        cost = dist.square_().div_(2 * temperature * C * unit**2)              # b G N
+        own, second, of_uncond, of_pos = cost.split([G, G2, U, P], 2)
+        if repelled_by == "own":
+            own.diagonal(dim1=1, dim2=2).add_(1e4)
+            own.copy_(transport(own, iterations)).neg_()
+        else:
+            own.zero_()
+        if G2:
+            second.copy_(transport(second, iterations)).neg_()
+        if U:
+            of_uncond.copy_(transport(of_uncond, iterations)).mul_(1 - alpha[b])
+        of_pos.copy_(transport(of_pos, iterations)).mul_(alpha[b])
+        return cost[:, None]
+
+    return chase(gen, [gen2, uncond, pos], w, pull, [temperature], 2, reduce)
+
+
+def chase(gen, others, w, pull, temperatures, power, reduce=None):
+    """The loss |x - stopgrad(x + V)|^2 of any field V_i = sum_j A_ij (y_j - x_i), in float32.
+
+    gen [B, G, C]; others: further targets, each [B, n, C]; w [B, N]: what targets count in the
+    scale, which is the mean of distance^power, to the power 1/power.
+    pull(dist [b, G, N], b, scale, unit) -> A [b, temperatures, G, N] for a slice b of the entries.
+    It may overwrite dist.
     reduce: for a batch that lies in several processes or micro-batches. reduce(name, sums) gets
     sums over this part as a float64 vector, and returns those over the whole batch; it is called
     twice, with the names "distance" and "force".
 
     Returns (loss [B], differentiable in gen; info of scalars: `scale`, and `force_TAU`, the mean
     squared force before it is normalised. Watch the latter: normalisation pins the loss itself).
-    Raises ValueError for shapes that do not fit together.
     """
-    if neg is None:
-        neg = gen[:, :0]
-        weight_neg = gen.new_ones(neg.shape[:2])
     B, G, C = gen.shape
-    U, P = neg.shape[1], pos.shape[1]
-    if pos.shape != (B, P, C) or neg.shape != (B, U, C) or weight_neg.shape != (B, U):
-        raise ValueError(f"drift_loss: gen {list(gen.shape)}, pos {list(pos.shape)}, neg "
-                         f"{list(neg.shape)}, weight_neg {list(weight_neg.shape)} must be "
-                         "[B, G, C], [B, P, C], [B, U, C], [B, U]")
+    chunks = chunks_of_entries(B, w.shape[1], G, C, gen.device)
     if reduce is None:
         reduce = this_batch_alone
-    w = torch.cat([gen.new_ones(B, G), weight_neg, gen.new_ones(B, P)], 1)     # B N
-    chunks = chunks_of_entries(B, G + U + P, G, C, gen.device)
 
     # Under bfloat16 autocast the softmax at tau = 0.02 would be noise.
     with torch.no_grad(), torch.autocast(gen.device.type, enabled=False):
@@ -75,32 +157,22 @@ def drift_loss(gen, pos, neg=None, weight_neg=None, temperatures=TEMPERATURES, k
         dist = []
         sums = gen.new_zeros(2, dtype=torch.float64)
         for b in chunks:
-            y = all_targets(gen[b], neg[b], pos[b])                            # b N C
+            y = all_targets(gen, others, b)                                    # b N C
             d = pairwise_distance(y[:, :G], y)                                 # b G N
-            sums[0] += (d.sum(1) * w[b]).sum(dtype=torch.float64)
+            measured = d if power == 1 else d.pow(power)
+            sums[0] += (measured.sum(1) * w[b]).sum(dtype=torch.float64)
             sums[1] += G * w[b].sum(dtype=torch.float64)
             dist.append(d)
         total, count = reduce("distance", sums)
-        scale = (total / count).to(y.dtype)
+        scale = (total / count).pow(1 / power).to(y.dtype)
         unit = (scale / math.sqrt(C)).clamp_min(1e-3)  # then coordinates have order 1
 
-        # 2. The field at each temperature, in units of that scale. Filling, unlike copying
-        #    numbers from the host, does not make a GPU wait.
-        taus = torch.stack([y.new_full((1, 1), tau) for tau in temperatures])  # taus 1 1
+        # 2. The field at each temperature, in units of that scale.
         V = y.new_empty(B, len(temperatures), G, C)
         for b, d in zip(chunks, dist):
-            y = all_targets(gen[b], neg[b], pos[b]).div_(unit)                 # b N C
-            d = d.div_(scale.clamp_min(1e-3))                                  # b G N
-            d[:, :, :G].diagonal(dim1=1, dim2=2).add_(100)  # a sample does not repel itself
-            A = affinity(d[:, None], taus, kernel)                             # b taus G N
-            A.mul_(w[b, None, None])  # inside the softmaxes a weight would act as its root
-            A_neg, A_pos = A.split([G + U, P], 3)                              # views of A
-            sum_neg = A_neg.sum(3, keepdim=True)
-            sum_pos = A_pos.sum(3, keepdim=True)
-            A_pos.mul_(attraction * sum_neg)
-            A_neg.mul_(-repulsion * sum_pos)
-            # Now V_i = sum_j A_ij (y_j - x_i), and x_i is target number i.
-            A[..., :G].diagonal(dim1=2, dim2=3).sub_(A.sum(3))
+            A = pull(d, b, scale, unit)                                        # b taus G N
+            A[..., :G].diagonal(dim1=2, dim2=3).sub_(A.sum(3))  # x_i is target number i
+            y = all_targets(gen, others, b).div_(unit)                         # b N C
             V[b] = torch.einsum("btgn,bnc->btgc", A, y)
 
         # 3. Each temperature's field gets unit mean square, again over the whole batch.
@@ -154,19 +226,44 @@ def affinity(dist, tau, kernel="both"):
     return A.clamp_min_(1e-3)
 
 
+def transport(cost, iterations):
+    """Entropic optimal transport [b, G, M] between uniform masses, each row divided by its sum.
+
+    cost [b, G, M] in units of the regularisation. An iteration of Sinkhorn's divides rows by their
+    sums, then columns. The first is made with logarithms; since then every row and column has a
+    sum that is not small, and two matrix-vector products an iteration are enough.
+    """
+    plan = cost.neg().log_softmax(2).softmax(1)
+    columns = plan.new_ones(len(plan), plan.shape[2], 1)
+    for _ in range(iterations - 1):
+        rows = (plan @ columns).reciprocal()                                   # b G 1
+        columns = (plan.mT @ rows).reciprocal()                                # b M 1
+    plan = plan * columns.mT
+    return plan / plan.sum(2, keepdim=True)
+
+
 def pairwise_distance(x, y):
     """Euclidean distances [B, G, N] of x [B, G, C] and y [B, N, C], by the Gram identity."""
     square = x.norm(dim=2).square()[:, :, None] + y.norm(dim=2).square()[:, None]
     return square.baddbmm_(x, y.transpose(1, 2), alpha=-2).clamp_min_(1e-8).sqrt_()
 
 
-def all_targets(gen, neg, pos):
-    """Generated, negative and positive samples as one float32 tensor [B, N, C] around its mean.
+def all_targets(gen, others, b):
+    """Entries b of all samples as one float32 tensor [b, N, C] around its mean.
 
     Centring moves nothing, and the Gram identity then keeps two digits more.
     """
-    y = float32_at_least(torch.cat([gen, neg, pos], 1))
+    y = float32_at_least(torch.cat([gen[b], *[x[b] for x in others]], 1))
     return y.sub_(y.mean(1, keepdim=True))
+
+
+def check_shapes(gen, **targets):
+    """Raises ValueError where one of the targets {name: (tensor, n)} is not [B, n, C]."""
+    B, _, C = gen.shape
+    for name, (x, n) in targets.items():
+        if x.shape != (B, n, C):
+            raise ValueError(f"{name} is {list(x.shape)}: must be [{B}, {n}, {C}], for gen is "
+                             f"{list(gen.shape)}")
 
 
 # What a chunk's pairs and targets may take: they stay in a CPU's cache, and keep a GPU busy.
@@ -174,14 +271,14 @@ CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 1 << 29}
 
 
 def chunks_of_entries(B, N, G, C, device):
-    """Slices of the B entries, each of which takes about CHUNK_BYTES in `drift_loss`."""
+    """Slices of the B entries, each of which takes about CHUNK_BYTES in `chase`."""
     entry = 4 * (N * C + 3 * G * (N + C))
     size = max(1, CHUNK_BYTES.get(device.type, 1 << 29) // entry)
     return [slice(at, at + size) for at in range(0, B, size)]
 
 
 def this_batch_alone(name, sums):
-    """`reduce` of `drift_loss` where one process holds the whole batch."""
+    """`reduce` of `chase` where one process holds the whole batch."""
     return sums
 
 
@@ -190,22 +287,32 @@ def float32_at_least(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def feature_drift_loss(gen, pos, neg=None, weight_neg=None, reduce=None, **options):
-    """Sum over features of the mean drifting loss (A.5).
+def drifting(gen, gen2, pos, uncond, cfg_scale, **options):
+    """`drift_loss` in the form of FIELDS."""
+    weight = unconditional_weight(cfg_scale, gen.shape[1], uncond.shape[1])
+    return drift_loss(gen, pos, uncond, weight, **options)
 
-    gen, pos, neg: {name: [labels, samples, T, C]}; weight_neg [labels, U]. The T locations of a
-    map become batch entries. reduce(feature, name, sums) and the other options: see `drift_loss`.
+
+# name: loss of (gen, gen2, pos, uncond, cfg_scale, reduce=..., options); gen2 may be None.
+FIELDS = {"drifting": drifting, "sinkhorn": sinkhorn_loss}
+
+
+def feature_loss(field, gen, gen2, pos, uncond, cfg_scale, reduce=None, **options):
+    """Sum over features of the mean loss of a field, one of FIELDS (A.5).
+
+    gen, gen2, pos, uncond: {name: [labels, samples, T, C]}; gen2 may be empty; cfg_scale [labels].
+    The T locations of a map become batch entries. reduce(feature, name, sums): see `chase`.
     Returns (total loss, losses {feature: scalar}, infos {feature: info}).
     """
     losses = {}
     infos = {}
-    for name in gen:
-        options["reduce"] = None if reduce is None else functools.partial(reduce, name)
-        features = [entries_of(gen[name]), entries_of(pos[name])]
-        if neg is not None:
-            weights = weight_neg.repeat_interleave(neg[name].shape[2], 0)
-            features += [entries_of(neg[name]), weights]
-        loss, infos[name] = drift_loss(*features, **options)
+    for name, feature in gen.items():
+        if reduce is not None:
+            options["reduce"] = functools.partial(reduce, name)
+        second = entries_of(gen2[name]) if gen2 else None
+        alpha = cfg_scale.repeat_interleave(feature.shape[2], 0)
+        loss, infos[name] = FIELDS[field](entries_of(feature), second, entries_of(pos[name]),
+                                          entries_of(uncond[name]), alpha, **options)
         losses[name] = loss.mean()
     return sum(losses.values()), losses, infos
 
@@ -213,7 +320,6 @@ def feature_drift_loss(gen, pos, neg=None, weight_neg=None, reduce=None, **optio
 def entries_of(feature):
     """[labels, samples, T, C] -> [labels * T, samples, C]."""
     return feature.transpose(1, 2).flatten(0, 1)
-
 
 
 # --------------------------------------------------------------------------------------------
@@ -348,13 +454,15 @@ def describe(name, x):
     return {"within 0.1 of the roll": (nearest < 0.1).float().mean().item()}
 
 
-def toy_experiment(experiment, steps, n=256, real=1024, lr=1e-3, seed=0,
-                   temperatures=(0.05, 0.1, 0.2, 1.0)):
+# Drifting's widest temperature sees across the plane. Without it, samples that start as one blob
+# far from their reals would feel only the floor of the affinities, which pulls to all sides alike.
+TOY_OPTIONS = {"drifting": dict(temperatures=(0.05, 0.1, 0.2, 1.0))}
+
+
+def toy_experiment(experiment, steps, n=256, real=1024, lr=1e-3, seed=0, field="drifting"):
     """Train on one entry of EXPERIMENTS: n generated against `real` real points a step.
 
-    Returns (samples [frames, 2048, 2], mean squared force at tau = 0.2 of every frame).
-    The widest temperature sees across the plane. Without it, samples that start as one blob far
-    from their reals would feel only the floor of the affinities, which pulls to all sides alike.
+    Returns (samples [frames, 2048, 2], mean squared force of every frame, of drifting at 0.2).
     """
     start, target, _ = EXPERIMENTS[experiment]
     torch.manual_seed(seed)
@@ -379,10 +487,14 @@ def toy_experiment(experiment, steps, n=256, real=1024, lr=1e-3, seed=0,
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 200) * (1 - step / steps)
         gen = generator(noise(n))[None]
+        with torch.no_grad():  # drawn for all fields alike
+            gen2 = generator(noise(n))[None]
         pos = draw_target(target, real, stream)[None]
-        loss, info = drift_loss(gen, pos, temperatures=temperatures)
+        loss, info = FIELDS[field](gen, gen2, pos, gen[:, :0], torch.ones(1),
+                                   **TOY_OPTIONS.get(field, {}))
         if step % (steps // 48) == 0 or step == steps - 1:
-            forces.append(info["force_0.2"].item())
+            force = info["force_0.2"] if field == "drifting" else list(info.values())[-1]
+            forces.append(force.item())
             with torch.no_grad():
                 frames.append(generator(fixed_noise))
         optimizer.zero_grad()
@@ -414,6 +526,7 @@ def main():
     parser = argparse.ArgumentParser(description="The 2-D experiment (5.1).", allow_abbrev=False)
     parser.add_argument("experiment", nargs="*", default=list(EXPERIMENTS),
                         help=f"some of {', '.join(EXPERIMENTS)} (default: all)")
+    parser.add_argument("--field", choices=FIELDS, default="drifting", help="what moves samples")
     parser.add_argument("--out", default="runs/2d", help="folder for the GIFs")
     args = parser.parse_args()
     for name in args.experiment:
@@ -422,7 +535,7 @@ def main():
     Path(args.out).mkdir(parents=True, exist_ok=True)
     for name in args.experiment:
         began = time.time()
-        frames, forces = toy_experiment(name, **EXPERIMENTS[name][2])
+        frames, forces = toy_experiment(name, field=args.field, **EXPERIMENTS[name][2])
         shares = describe(EXPERIMENTS[name][1], frames[-1])
         path = f"{args.out}/{name}.gif"
         save_animation(name, frames, forces, path)

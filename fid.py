@@ -20,6 +20,7 @@ import hashlib
 import json
 import math
 import sys
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -33,13 +34,18 @@ from tqdm import tqdm
 
 from model import (MAE, UsageError, barrier, get_rank, load_encoder, number, on_all_ranks,
                    one_line, run_script, whole_file, world_size)
-from prepare_data import EXTENSIONS, Dataset, decode
-from sample import (HelpFormat, add_sampling_options, generate, load_networks, save_grid, to_uint8)
+from prepare_data import (MAX_PIXELS, BrokenImage, CachedLatents, Dataset, natural, note,
+                          open_source, to_array)
+from sample import (HelpFormat, add_sampling_options, check_out, file_hash, generate, load_networks,
+                    save_grid, to_uint8, weights_hash)
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")
 # Real images behind precision and recall: ADM's number. Both figures depend on it.
 REAL_FOR_PRECISION = 10_000
+# The widest features whose covariance is computed or read: it takes 2 GB, and their eigenvalues
+# half an hour. Pixels of 64x64x3 are 12,288.
+MAX_WIDTH = 16_384
 
 
 # --------------------------------------------------------------------------------------------
@@ -51,6 +57,7 @@ def evaluate(read, num_images, extractor, reference, batch_size=64):
     Returns on rank 0, and None elsewhere: num_images; fid, is and is_std, or without Inception fd;
     precision and recall if there are real images; how: features, resize, ref, ref_sha256.
     """
+    on_all_ranks(check_comparable, read, extractor, reference)
     fake = gather_features(read, range(num_images), extractor, batch_size)
     if fake is None:
         return None
@@ -69,8 +76,27 @@ def evaluate(read, num_images, extractor, reference, batch_size=64):
                      "ref": reference["ref"], "ref_sha256": reference["ref_sha256"]}
 
 
+def check_comparable(read, extractor, reference):
+    """Looks at the first image before all are made; rank 0, where the reference is."""
+    if get_rank() > 0:
+        return
+    image = read([0])
+    width = extractor.extract(image).shape[1]
+    size = list(image.shape[2:])
+    where = f"{reference['ref']}: of {reference['size'] or 'other'} images, these are {size}"
+    for name in ("mu", "real"):
+        if reference[name] is not None and reference[name].shape[-1] != width:
+            raise UsageError(f"{where}; {extractor.features} features cannot compare them: "
+                             f"{reference[name].shape[-1]} and {width}")
+    if reference["size"] not in (None, size):
+        note(f"warning: {where}: the figures compare sizes too")
+
+
 def statistics(features):
     """[N, D] -> mean [D] and covariance [D, D] with divisor N - 1, float64 throughout."""
+    if features.shape[1] > MAX_WIDTH:
+        raise UsageError(f"features of {features.shape[1]:,} numbers an image are too many for a "
+                         f"covariance, which takes {MAX_WIDTH:,} at most")
     features = features.double()
     return features.mean(0), features.T.cov()
 
@@ -254,6 +280,8 @@ def load_inception(path=None):
 def reading(path, wanted):
     """Around the reading of a foreign file, where every error is the file's fault."""
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise ValueError("not a file")  # a named pipe would be waited for
         yield
     except Exception as error:
         raise UsageError(f"{path}: no {wanted} ({one_line(error)})") from error
@@ -295,8 +323,7 @@ def load_extractor(features="inception", resize="tf1", inception=None, device="c
         fc = None
     else:
         raise UsageError(f"--features is inception, pixels or encoder:CKPT, not {features}")
-    weights = b"".join(tensor.cpu().numpy().tobytes() for tensor in net.state_dict().values())
-    return Extractor(extract, f"{kind}-{hashlib.sha256(weights).hexdigest()[:12]}", resize, fc)
+    return Extractor(extract, f"{kind}-{weights_hash(net):.12}", resize, fc)
 
 
 # TF32, which cuDNN's convolutions take by default on a GPU, moves features by 5e-4.
@@ -358,6 +385,10 @@ def encoder_features(net, images_uint8):
     grey = images_uint8[:, :1]
     if net.in_channels in (1, 3) and (images_uint8 == grey).all():
         images_uint8 = grey.expand(-1, net.in_channels, -1, -1)
+    channels, *size = images_uint8.shape[1:]
+    if channels != net.in_channels or any(side % net.input_patch_size for side in size):
+        raise UsageError(f"the encoder of --features reads {net.in_channels} channels, sides that "
+                         f"{net.input_patch_size} divides; the images are {channels} x {size}")
     x = images_uint8.to(next(net.parameters()).device) / 127.5 - 1
     last = net.features(x)[f"layer{net.encoder.num_stages}"]                     # N T D
     return last.float().relu().mean(1)
@@ -400,24 +431,27 @@ def open_reference(extractor, ref=None, data=None, batch_size=64):
 
     ref: a statistics file. data: real images, as `open_images` takes them, in place of ref, or
     beside it for precision and recall. Returns a dict, complete on rank 0: mu [D] and sigma [D, D]
-    in float64; real [n, D] or None; ref and ref_sha256, the file's name and hash, or of data its
-    path and a hash of the number of images and 64 of them; of data alone num_images.
+    in float64; real [n, D] or None; size [H, W] of the images, or None where the file does not say;
+    ref and ref_sha256, the file's name and hash, or of data its path and a hash of the number of
+    images and 64 of them; of data alone num_images.
     """
     if ref is not None:
-        reference, images = read_statistics(ref, extractor)
+        reference, images = on_all_ranks(read_statistics, ref, extractor)
         data = data or images
         if data is None:
             return reference
-    count, read = open_images(data)
+    count, read = on_all_ranks(open_images, data)
     if count < 4:
         raise UsageError(f"{data} holds {count} images, too few to compare with")
     chosen = evenly_spaced(min(count, REAL_FOR_PRECISION), count)
+    size = list(on_all_ranks(read, [0]).shape[2:])
     if ref is not None:
         reference["real"] = gather_features(read, chosen, extractor, batch_size)
+        reference["size"] = reference["size"] or size
         return reference
     some = read(evenly_spaced(64, count)).numpy().tobytes()
     digest = hashlib.sha256(str(count).encode() + some).hexdigest()
-    reference = {"ref": str(data), "ref_sha256": digest, "num_images": count}
+    reference = {"ref": str(data), "ref_sha256": digest, "num_images": count, "size": size}
     rows = gather_features(read, range(count), extractor, batch_size)
     if rows is not None:
         reference["mu"], reference["sigma"] = statistics(rows)
@@ -438,31 +472,53 @@ def read_statistics(path, extractor):
     and ref_sigma (MeanFlow). Ours has `real`, features of images, and says how it was made.
     """
     real = None
+    size = None
     with reading(path, "statistics: mu and sigma, or ref_mu and ref_sigma"):
         file = np.load(path, allow_pickle=False)  # a pickle could run code
+        for member in file.zip.infolist():
+            if member.filename != "arr_0.npy" and member.file_size > 9 * MAX_WIDTH**2:
+                raise ValueError(f"{member.filename} is {member.file_size / 1e9:.1f} GB")
         prefix = "ref_" if "ref_mu" in file else ""
-        mu = torch.tensor(file[prefix + "mu"], dtype=torch.float64)
-        sigma = torch.tensor(file[prefix + "sigma"], dtype=torch.float64)
+        mu = file[prefix + "mu"]
+        sigma = file[prefix + "sigma"]
+        if np.iscomplexobj(mu) or np.iscomplexobj(sigma):
+            raise ValueError("they are complex")
+        mu = torch.tensor(mu, dtype=torch.float64)
+        sigma = torch.tensor(sigma, dtype=torch.float64)
         if "real" in file:
             real = torch.tensor(file["real"], dtype=torch.float32)
+        if "size" in file:
+            size = [int(side) for side in file["size"]]
         made_with = {"features": "inception", "resize": ""}  # mu and sigma can be either family's
         if prefix:
             made_with["resize"] = "half"
         elif "mu_s" in file:
             made_with["resize"] = "tf1"
         made_with |= {key: str(file[key]) for key in made_with if key in file}
-        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        digest = file_hash(path)
     for key, value in made_with.items():
         mine = getattr(extractor, key)
         if not mine.startswith(value):
             raise UsageError(f"{path} was made with {key} {value}, this run has {mine}: give the "
                              f"same --{key} (in training --eval_{key}), or another reference")
+    if not made_with["resize"]:
+        note(f"{path} does not say how its images were resized: taken as {extractor.resize}. "
+             "--resize tf1 (ADM) or half (MeanFlow, the paper) says otherwise")
     width = mu.numel() if extractor.fc is None else extractor.fc.shape[1]
-    if mu.shape != (width,) or sigma.shape != (width, width) or not mu.isfinite().all() or not (
-            torch.allclose(sigma, sigma.T)):
-        raise UsageError(f"{path}: mu {list(mu.shape)} and sigma {list(sigma.shape)} are no mean "
-                         f"and covariance of {width} features")
-    reference = {"mu": mu, "sigma": sigma, "real": real, "ref": Path(path).name,
+    problem = None
+    if mu.shape != (width,) or sigma.shape != (width, width):
+        problem = f"are no mean and covariance of {width} features"
+    elif not (mu.isfinite().all() and sigma.isfinite().all()):
+        problem = "hold NaN or Inf"
+    elif not torch.allclose(sigma, sigma.T):
+        problem = "are no mean and covariance, which would be symmetric"
+    elif sigma.diagonal().min() < 0:
+        problem = "hold negative variances"
+    elif real is not None and not (real.shape[1:] == mu.shape and real.isfinite().all()):
+        problem = f"have with them real {list(real.shape)}, no finite features of images"
+    if problem:
+        raise UsageError(f"{path}: mu {list(mu.shape)} and sigma {list(sigma.shape)} {problem}")
+    reference = {"mu": mu, "sigma": sigma, "real": real, "size": size, "ref": Path(path).name,
                  "ref_sha256": digest}
     return reference, path if "arr_0" in file else None
 
@@ -479,14 +535,13 @@ def generated(generator, cfg_scale=1.0, seed=0, temperature=1.0, vae=None):
     return read
 
 
-def open_images(path):
-    """(N, read) of a prepared data set, an .npz of images, or a folder of them, sorted by name.
+def open_images(source):
+    """(N, read) of a prepared data set, an .npz of images, or a folder or .zip of them.
 
-    read(indices) -> uint8 [n, C, H, W]. An .npz, with arr_0 uint8 [N, H, W, C] as ADM and sample.py
-    write it, is held in memory: 50,000 images of 256x256 are 9.8 GB. Raises UsageError for what is
-    none of these, broken, of several sizes, or latents.
+    read(indices) -> uint8 [n, C, H, W]. Of a source with splits `train` is taken. Raises
+    UsageError for what is none of these, broken, of several sizes, or latents.
     """
-    path = Path(path)
+    path = Path(source)
     if (path / "train/meta.json").is_file():
         path = path / "train"
     if (path / "meta.json").is_file():
@@ -494,32 +549,30 @@ def open_images(path):
         if data.meta["kind"] == "latents":
             raise UsageError(f"{path} holds latents, no images: give their images or statistics "
                              "(--ref, in training --eval_ref)")
-        images = data.images
-    elif path.is_dir():
-        return open_folder(path)
-    else:
-        with reading(path, "prepared data set, folder of images, or .npz with arr_0"):
-            images = np.load(path, allow_pickle=False)["arr_0"]
-        if images.dtype != np.uint8 or images.ndim != 4:
-            raise UsageError(f"{path}: arr_0 is {images.dtype}, wanted uint8 [N, H, W, C]")
-        images = images.transpose(0, 3, 1, 2)
-
-    def read(indices):
-        return torch.from_numpy(images[indices])
-    return len(images), read
+        return len(data), lambda indices: torch.from_numpy(data.images[indices])
+    if path.suffix == ".npz" and not path.is_dir():
+        return open_npz(path)
+    return open_files(source)
 
 
-def open_folder(path):
-    files = sorted((file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS
-                    and not file.name.startswith(".")), key=str)
-    if not files:
-        raise UsageError(f"{path} holds no images")
+def open_files(source):
+    """Images of one size of any source of prepare_data.py, in natural order."""
+    path = Path(source)
+    if (path / "log.jsonl").is_file():
+        raise UsageError(f"{path} is a run's folder, its pictures are grids: give it as --ckpt")
+    splits, load = open_source(source)
+    if isinstance(load, CachedLatents):
+        raise UsageError(f"{path} holds latents, no images")
+    split = "train" if "train" in splits else min(splits)
+    if len(splits) > 1:
+        note(f"{path}: of its splits {', '.join(splits)}, {split} is taken")
+    names = sorted((name for _, name in splits[split]), key=natural)
 
     def image(i):
         try:
-            return decode(files[i].read_bytes(), None, 3)
-        except UsageError as error:
-            raise UsageError(f"{files[i]}: {error}") from error
+            return to_array(load(names[i]))
+        except BrokenImage as error:
+            raise UsageError(f"{path / names[i]}: {error}") from error
     shape = image(0).shape
 
     def read(indices):
@@ -527,7 +580,41 @@ def open_folder(path):
         if any(x.shape != shape for x in images):
             raise UsageError(f"{path} holds images of several sizes: prepare_data.py makes it one")
         return torch.from_numpy(np.stack(images))
-    return len(files), read
+    return len(names), read
+
+
+def open_npz(path):
+    """An .npz with arr_0 uint8 [N, H, W, C], as ADM and sample.py write it.
+
+    It is never in memory whole: 50,000 images of 256x256 are 9.8 GB.
+    """
+    readers = {(1, 0): np.lib.format.read_array_header_1_0,
+               (2, 0): np.lib.format.read_array_header_2_0}
+    with reading(path, ".npz with images arr_0"):
+        archive = zipfile.ZipFile(path)
+        member = archive.open("arr_0.npy")
+        shape, in_fortran_order, dtype = readers[np.lib.format.read_magic(member)](member)
+        first = member.tell()
+        length = archive.getinfo("arr_0.npy").file_size
+        size = math.prod(shape[1:])
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or in_fortran_order or (
+                size * shape[0] == 0 or first + size * shape[0] != length):
+            raise ValueError(f"arr_0 is {dtype} {list(shape)}, wanted uint8 [N, H, W, 1 or 3]")
+        if size > MAX_PIXELS:
+            raise ValueError(f"images of {shape[1]} x {shape[2]} pixels")
+        while member.read(1 << 24):  # to the end, where zip has a checksum
+            pass
+
+    def read(indices):
+        images = []
+        with reading(path, "whole .npz"):
+            for i in indices:
+                member.seek(first + i * size)
+                images.append(np.frombuffer(member.read(size), np.uint8).reshape(shape[1:]))
+        return torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2))
+    if read(evenly_spaced(min(64, shape[0]), shape[0])).max() <= 1:
+        note(f"warning: {path}: its values are 0 and 1, where images have 0 to 255")
+    return shape[0], read
 
 
 # --------------------------------------------------------------------------------------------
@@ -540,7 +627,7 @@ def command_ref(args, extractor):
     arrays = {key: reference[key].cpu().numpy() for key in ("mu", "sigma", "real")}
     with whole_file(args.out) as file:
         np.savez(file, **arrays, source=args.data, num_images=reference["num_images"],
-                 features=extractor.features, resize=extractor.resize)
+                 size=reference["size"], features=extractor.features, resize=extractor.resize)
     print(f"{args.out}: {reference['num_images']:,} images, features {extractor.features}")
 
 
@@ -548,7 +635,7 @@ def command_eval(args, extractor):
     """One JSON line an alpha: what was scored, the figures, and what they were measured with."""
     sources = []
     if args.images:
-        available, read = open_images(args.images)
+        available, read = on_all_ranks(open_images, args.images)
         num_images = args.num_images or available
         if num_images > available:
             raise UsageError(f"{args.images} holds {available} images, asked for are {num_images}")
@@ -567,14 +654,22 @@ def command_eval(args, extractor):
         raise UsageError(f"{num_images} images are too few: the Inception Score takes ten parts")
     reference = open_reference(extractor, args.ref, args.data, args.batch_size)
     if get_rank() == 0 and num_images <= len(reference["mu"]):
-        print(f"warning: {num_images} images are fewer than the features: the distance is too "
-              "high, and only comparable with those of equally many images", file=sys.stderr)
+        note(f"warning: {num_images} images are fewer than the features: the distance is too "
+             "high, and only comparable with those of equally many images")
     for source, read in sources:
         result = evaluate(read, num_images, extractor, reference, args.batch_size)
         if args.ref and args.data:
             source["real"] = args.data
         if get_rank() == 0:
-            print(json.dumps(source | result), flush=True)
+            print(json_line(source | result), flush=True)
+
+
+def json_line(row):
+    """NaN and infinite figures, which JSON does not know, become null."""
+    for key, value in row.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            row = row | {key: None}
+    return json.dumps(row, allow_nan=False)
 
 
 def command_neighbours(args, extractor):
@@ -651,8 +746,8 @@ def parse(argv=None):
     add_sampling_options(parser, required=False)
     add("--images", help="images to score, in place of --ckpt: as --data")
     add("--ref", help="statistics: the .npz of `fid.py ref`, ADM, MeanFlow, JiT or pytorch-fid")
-    add("--data", help="real images: prepared data set, or but for neighbours a folder or an .npz "
-        "with arr_0; beside --ref for precision and recall alone")
+    add("--data", help="real images: prepared data set, or but for neighbours a folder, a .zip or an "
+        ".npz with arr_0; beside --ref for precision and recall alone")
     add("--num_images", type=number(int, least=10), help="images to score (None: 50000, "
         "or all of --images, or 1000 for neighbours); figures of fewer are worse")
     add("--features", default="inception", help="inception (FID), pixels or encoder:CKPT (FD)")
@@ -688,7 +783,7 @@ def main(argv=None):
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.command != "eval":
         args.out = Path(args.out or "neighbours.png")
-        args.out.parent.mkdir(parents=True, exist_ok=True)
+        on_all_ranks(check_out, args.out)
     extractor = load_extractor(args.features, args.resize, args.inception, args.device,
                                not args.no_converted_copy)
     run = {"ref": command_ref, "eval": command_eval, "neighbours": command_neighbours}

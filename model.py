@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import datetime
 import errno
+import hashlib
 import inspect
 import json
 import math
@@ -24,7 +25,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
-from huggingface_hub import PyTorchModelHubMixin, constants, errors, hf_hub_download
+from huggingface_hub import (PyTorchModelHubMixin, constants, errors, hf_hub_download,
+                             try_to_load_from_cache)
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -47,13 +49,18 @@ class Pretrained(PyTorchModelHubMixin, library_name="drifting", license="mit",
                  paper_url="https://arxiv.org/abs/2602.04770", model_card_template=MODEL_CARD):
     """save_pretrained, from_pretrained, push_to_hub of huggingface_hub, strict about weights.
 
-    config.json holds the constructor's arguments and `model_type`, by which the class is found
-    again: "generator", or its name in ENCODERS. What is not there cannot be saved.
+    config.json holds the constructor's arguments; `model_type`, by which the class is found again:
+    "generator", or its name in ENCODERS, and what is not there cannot be saved; and `origin`: of a
+    trained network the names of its classes and the sha256 of the VAE of its latents.
     """
+
+    origin = {}
 
     def save_pretrained(self, save_directory, **options):
         names = {cls: name for name, cls in [("generator", Generator), *ENCODERS.items()]}
         config = {**(self._hub_mixin_config or {}), "model_type": names[type(self)]}
+        if self.origin:
+            config["origin"] = self.origin
         return super().save_pretrained(save_directory, **{**options, "config": config})
 
     @classmethod
@@ -67,6 +74,7 @@ GENERATOR_SIZES = {
     "S": dict(hidden_size=384, depth=10, num_heads=6),
     "B": dict(hidden_size=768, depth=12, num_heads=12),
     "L": dict(hidden_size=1024, depth=24, num_heads=16),
+    "XL": dict(hidden_size=1152, depth=28, num_heads=16),  # W-Flow's
 }
 
 
@@ -573,6 +581,11 @@ PUBLISHED = {place.split("/")[-1]: f"Goodeat/drifting/models/{place}" for place 
     "gen/jax/latent_L_sota", "gen/jax/latent_B_sota", "gen/jax/pixel_L_sota",
     "gen/jax/pixel_B_sota", "gen/jax/ablation",
     "mae/jax/mae_latent_640", "mae/jax/mae_pixel_640", "mae/jax/mae_latent_256")}
+# W-Flow's, single files.
+PUBLISHED |= {f"wflow_{name}": f"jiaqihan99/W-Flow/checkpoints/latent_{folder}_ot/state_{step}.pt"
+              for name, folder, step in (
+    ("ablation", "ablation", "00030000"), ("B", "sota_B", "00200000"),
+    ("L", "sota_L", "00200000"), ("XL", "sota_XL", "00180000"))}
 
 # What describes a model and what holds its weights, in the order in which they are looked for:
 # the authors' artifact; our files, or transformers'; before safetensors; the authors' older names.
@@ -585,10 +598,10 @@ MODEL_FILES = (FLAX_FILES, OUR_FILES, ("config.json", "pytorch_model.bin"),
 def load_generator(path, keep_converted=True):
     """Generator in eval mode and float32.
 
-    path: a run or checkpoint folder, a folder of the authors' artifact, or on the Hub hf://NAME
-    (one of PUBLISHED) or hf://USER/REPO[/SUBFOLDER][@REVISION].
-    keep_converted: a download in the authors' format is kept as safetensors too, beside the Hub's
-    cache, and read from there next time.
+    path: a run or checkpoint folder, a folder of the authors' artifact, W-Flow's state_*.pt or its
+    folder, or on the Hub hf://NAME (one of PUBLISHED) or hf://USER/REPO[/SUBFOLDER][@REVISION].
+    keep_converted: a download in another format is kept as safetensors too, beside the Hub's cache,
+    and read from there next time.
     Raises UsageError for what cannot be had, damaged files, another kind of model, and weights
     that are not the model's one by one.
     """
@@ -602,18 +615,20 @@ def load_encoder(path, keep_converted=True):
 
 def load(path, classes, keep_converted):
     files = find_files(path, MODEL_FILES)
-    if keep_converted and str(path).startswith("hf://") and files[1].suffix == ".msgpack":
+    if keep_converted and str(path).startswith("hf://") and files[1].suffix != ".safetensors":
         files = convert(*files, classes)
     return read_model(*files, classes)
 
 
 def read_model(description, weights, classes):
     """The model of two files, which must be one of `classes`, {kind: class}."""
-    try:
-        config = dict(json.loads(description.read_text()))
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"{description}: damaged ({one_line(error)})") from error
+    check_sums(description, weights)
     state = read_weights(weights)
+    if weights.name.startswith("state_"):
+        config = wflow_config(weights, state)
+    else:
+        config = read_config(description)
+    origin = config.pop("origin", {})
     kind = config.pop("model_type", None)
     if kind is None:  # in the authors' artifacts and our first checkpoints the tensors tell
         kind = "generator" if "class_embed.weight" in state else "mae"
@@ -625,9 +640,8 @@ def read_model(description, weights, classes):
         config, state = from_transformers(config, state)
 
     cls = classes[kind]
-    unknown = config.keys() - inspect.signature(cls).parameters
-    if unknown:
-        raise UsageError(f"{description}: {cls.__name__} has no {', '.join(sorted(unknown))} here")
+    if cls in (Generator, MAE, ConvNeXtV2):
+        check_config(description, config, cls, state)
     # The two large ones are built without memory, and what was read becomes their parameters. An
     # encoder of yours may compute in its constructor what is in no file.
     with torch.device("meta" if cls in (Generator, MAE) else "cpu"):
@@ -636,17 +650,50 @@ def read_model(description, weights, classes):
         net.load_state_dict(state, assign=True)
     except RuntimeError as error:
         raise UsageError(f"{weights}: not the weights of its config ({one_line(error)})") from None
+    net.origin = origin if isinstance(origin, dict) else {}
     return net.float().eval()  # float32, however they were saved
+
+
+def read_config(file):
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UsageError(f"{file}: damaged ({one_line(error)})") from error
+
+
+def check_config(file, config, cls, state):
+    """Raises UsageError for what cls(**config) has no use for, before it takes time or memory.
+
+    Sizes are axes of the tensors, or small: no other number is believed.
+    """
+    parameters = inspect.signature(cls).parameters
+    most = max([1024, *(n for tensor in state.values() for n in tensor.shape)])
+    for name, value in config.items():
+        if name not in parameters:
+            raise UsageError(f"{file}: {cls.__name__} has no {name} here")
+        default = parameters[name].default
+        several = isinstance(default, tuple)
+        values = value if several and isinstance(value, (list, tuple)) else [value]
+        least = 0 if name in ("n_cls_tokens", "noise_classes", "noise_coords") else 1e-12
+        sound = len(values) <= 64 and all(
+            isinstance(n, (int, float)) and least <= n <= most or isinstance(n, bool)
+            for n in values)
+        if value != default and not sound or several != isinstance(value, (list, tuple)):
+            raise UsageError(f"{file}: {name} {str(value):.40} is no size of these weights")
 
 
 def read_weights(file):
     """{our name: tensor}, of flax, of safetensors, or of PyTorch's format without its code."""
-    if file.suffix == ".msgpack":
-        return from_flax(read_flax(file))
     try:
+        if file.suffix == ".msgpack":
+            return from_flax(read_flax(file))
         if file.suffix == ".safetensors":
             return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
+        if file.name.startswith("state_"):  # mapped: the optimizer never comes into memory
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            return from_wflow(loaded["ema_model"])
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+        return {str(name): tensor.detach() for name, tensor in loaded.items()}
     except Exception as error:  # each has many kinds for bytes that are not what they should be
         raise UsageError(f"{file}: damaged, or no weights ({one_line(error)})") from error
 
@@ -668,6 +715,44 @@ def from_transformers(config, state):
     return config, weights
 
 
+# Of a name in W-Flow's files: a pattern, and what takes its place, in this order.
+WFLOW_NAMES = {
+    r"\.linear\.(weight|bias)$": r".\1", r"^model\.": "", "^cfg_embedder.fc1": "alpha_embed.0",
+    "^cfg_embedder.fc2": "alpha_embed.2", "^cfg_norm": "alpha_norm", "^c_token_proj": "cls_proj",
+    r"\.attn\.": ".", r"mlp\.w1": "mlp_gate", r"mlp\.w3": "mlp_in", r"mlp\.w2": "mlp_out",
+    r"final_layer\.norm_final": "final_norm", r"final_layer\.adaLN_mod\.1": "final_adaln",
+    r"final_layer\.linear": "final_linear", r"adaLN_mod\.1": "adaln"}
+
+
+def from_wflow(tensors):
+    """{W-Flow's name: tensor} -> our state dict."""
+    state = {}
+    for name, tensor in tensors.items():
+        for pattern, ours in WFLOW_NAMES.items():
+            name = re.sub(pattern, ours, name)
+        state[name] = tensor.detach()
+    count = sum(name.startswith("noise_embeds.") for name in state)
+    tables = [state.pop(f"noise_embeds.{i}.weight") for i in range(count)]
+    state["style_embed"] = torch.stack(tables)
+    return state
+
+
+def wflow_config(file, state):
+    """The constructor's arguments, which W-Flow's files leave to the shapes. Latents have 4 axes."""
+    try:
+        styles, noise_classes, cond_dim = state["style_embed"].shape
+        _, tokens, width = state["pos_embed"].shape
+        patch = math.isqrt(state["patch_embed.weight"].shape[1] // 4)
+        return dict(
+            input_size=math.isqrt(tokens) * patch, in_channels=4, patch_size=patch,
+            hidden_size=width, depth=sum(name.endswith(".qkv.weight") for name in state),
+            num_heads=width // len(state["blocks.0.q_norm.weight"]), cond_dim=cond_dim,
+            num_classes=len(state["class_embed.weight"]), noise_classes=noise_classes,
+            noise_coords=styles, n_cls_tokens=state["cls_embed"].shape[1])
+    except (KeyError, ValueError, ZeroDivisionError, IndexError) as error:
+        raise UsageError(f"{file}: no generator of W-Flow ({one_line(error)})") from error
+
+
 def latest_checkpoint(run):
     """The newest `step_*` folder of a run folder, or None."""
     return max(Path(run).glob("step_" + "[0-9]" * 8), default=None)
@@ -682,6 +767,9 @@ def find_files(path, forms):
     if str(path).startswith("hf://"):
         return download(str(path), forms, wanted)
     folder = latest_checkpoint(path) or Path(path)
+    states = sorted(folder.glob("state_*.pt")) if folder.is_dir() else [folder]
+    if states and states[-1].is_file() and states[-1].match("state_*.pt"):
+        return [states[-1], states[-1]]
     if (folder / "params_ema").is_dir():  # a run of the authors' code
         folder = folder / "params_ema"
     for names in forms:
@@ -694,22 +782,39 @@ def find_files(path, forms):
 def download(path, forms, wanted):
     name, _, revision = path.removeprefix("hf://").partition("@")
     parts = PUBLISHED.get(name, name).strip("/").split("/")
-    if len(parts) < 2:
+    if len(parts) < 2 or {"", ".", ".."} & {*parts, *revision.split("/")[1:]} or revision == "..":
         raise UsageError(f"{path}: neither hf://USER/REPO[/SUBFOLDER][@REVISION] nor one of "
                          f"{', '.join(PUBLISHED)}")
+    if parts[-1].endswith(".pt"):
+        forms = ((parts.pop(),) * 2,)
+        wanted = forms[0][0]
     place = dict(repo_id="/".join(parts[:2]), subfolder="/".join(parts[2:]),
                  revision=revision or None)
     for names in forms:
         try:
-            return [Path(hf_hub_download(filename=name, **place)) for name in names]
+            return [download_file(name, place) for name in names]
         except errors.EntryNotFoundError as error:
             reason = error
             if isinstance(error, errors.LocalEntryNotFoundError):
                 place["local_files_only"] = True  # that the Hub is out of reach took half a minute
+        except UsageError:
+            raise
         except Exception as error:  # of the repository, the network, the disk
             reason = error
             break
     raise UsageError(f"{path}: no {wanted} downloaded. huggingface_hub says: {reason}") from reason
+
+
+def download_file(name, place):
+    """A file of the Hub. A new one is compared with its sha256, by which the cache names it."""
+    cached = try_to_load_from_cache(
+        place["repo_id"], f"{place['subfolder']}/{name}".lstrip("/"), revision=place["revision"])
+    file = Path(hf_hub_download(filename=name, **place))
+    blob = file.resolve().name
+    if not isinstance(cached, str) and re.fullmatch("[0-9a-f]{64}", blob) and sha256(file) != blob:
+        file.resolve().unlink()
+        raise UsageError(f"{name} of {place['repo_id']}: damaged on its way: run again")
+    return file
 
 
 def convert(description, weights, classes):
@@ -726,6 +831,7 @@ def convert(description, weights, classes):
         partial = copy.with_name(f"{copy.name}.{os.getpid()}.tmp")
         try:
             net.save_pretrained(partial)
+            write_sums(partial)
             partial.rename(copy)
         except (OSError, SafetensorError) as error:
             print(f"{copy}: no converted copy kept ({one_line(error)})", file=sys.stderr)
@@ -838,6 +944,45 @@ class UsageError(Exception):
 
     Every other exception is a bug, ours or yours, and keeps its traceback.
     """
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(net):
+    """sha256 of a network's tensors and their names: what it is, wherever it lies."""
+    whole = hashlib.sha256()
+    for name, tensor in sorted(net.state_dict().items()):
+        whole.update(name.encode())
+        whole.update(tensor.detach().float().cpu().contiguous().numpy())
+    return whole.hexdigest()
+
+
+def write_sums(folder):
+    """SHA256SUMS of all files below a folder, for `sha256sum --check` and `read_sums`."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    sums = [f"{sha256(path)}  {path.relative_to(folder)}\n" for path in files]
+    (folder / "SHA256SUMS").write_text("".join(sums))
+
+
+def read_sums(folder):
+    """{name: sha256} of a folder's SHA256SUMS. Raises OSError, ValueError where it is damaged."""
+    lines = (folder / "SHA256SUMS").read_text().splitlines()
+    return {line[66:]: line[:64] for line in lines}
+
+
+def check_sums(*files):
+    """Raises UsageError where a file is not as the SHA256SUMS of its folder says."""
+    for file in files:
+        for folder in list(file.parents)[:2]:  # a further average lies in a folder of its own
+            try:
+                wanted = read_sums(folder).get(str(file.relative_to(folder)))
+            except (OSError, ValueError):
+                continue
+            if wanted and sha256(file) != wanted:
+                raise UsageError(f"{file}: damaged, it is not what {folder}/SHA256SUMS says")
 
 
 def one_line(error):

@@ -1,6 +1,7 @@
 """Draw images from a trained generator, one forward pass each.
 
     python sample.py --ckpt runs/digits                                # a grid: samples.png
+    python sample.py --ckpt runs/pets --classes dog 3                  # by name or by number
     python sample.py --ckpt hf://latent_L_sota --classes 22 88 108     # the authors' weights
     python sample.py --ckpt hf://latent_B_sota --classes 22 --cfg_scale 1 2 --style free fixed
     torchrun --nproc_per_node 8 sample.py --ckpt hf://pixel_L_sota --num_images 50000 --out x.npz
@@ -9,8 +10,11 @@ Several --cfg_scale or --style give a labelled row of the grid each. Image i is 
 classes[i % len(classes)] and depends on (seed, i) alone, not on other images or processes.
 """
 import argparse
+import hashlib
+import json
 import math
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +23,8 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from model import (SD_VAE, UsageError, barrier, gather, get_rank, load_generator, load_vae, number,
-                   positive_int, run_script, whole_file, world_size)
+                   on_all_ranks, one_line, positive_int, run_script, whole_file, world_size)
+from prepare_data import note
 
 
 def generate(generator, labels, indices, cfg_scale=1.0, temperature=1.0, seed=0, batch_size=64,
@@ -75,26 +80,36 @@ def to_uint8(images):
     return ((images + 1) * 127.5).nan_to_num(0.0).clamp_(0, 255).to(torch.uint8)
 
 
-def save_grid(images, columns, path, titles=None):
+def save_grid(images, columns, path, titles=None, names=None):
     """uint8 [N, 1 or 3, H, W] -> one PNG, row by row; small images are enlarged to 64 pixels.
 
-    titles: a text for each row, written above it.
+    titles: a text for each row, written above it. names: a text for each column, at the top.
     """
     count, _, height, width = images.shape
     zoom = max(1, 64 // height)
+    top = 20 if names else 0
     title_height = 20 if titles else 0
     step_x = width * zoom + 2  # a gap of two pixels between images
     step_y = height * zoom + 2 + title_height
     rows = math.ceil(count / columns)
-    grid = Image.new("RGB", (columns * step_x - 2, rows * step_y - 2), "white")
+    grid = Image.new("RGB", (columns * step_x - 2, top + rows * step_y - 2), "white")
     for i, image in enumerate(images):
         pixels = image.expand(3, height, width).permute(1, 2, 0).numpy()
         tile = Image.fromarray(pixels).resize((width * zoom, height * zoom), Image.BICUBIC)
-        grid.paste(tile, (i % columns * step_x, i // columns * step_y + title_height))
+        grid.paste(tile, (i % columns * step_x, top + i // columns * step_y + title_height))
     for row, title in enumerate(titles or []):
-        ImageDraw.Draw(grid).text((2, row * step_y + 2), title, "black", ImageFont.load_default(14))
+        grid.paste(text_image(title, grid.width), (0, top + row * step_y))
+    for column, name in enumerate(names or []):
+        grid.paste(text_image(name, width * zoom), (column * step_x, 0))
     with whole_file(path) as file:
         grid.save(file, format="PNG")
+
+
+def text_image(text, width):
+    """One line of text; what does not fit into the width is cut off."""
+    image = Image.new("RGB", (width, 18), "white")
+    ImageDraw.Draw(image).text((2, 2), text, "black", ImageFont.load_default(14))
+    return image
 
 
 # --------------------------------------------------------------------------------------------
@@ -116,24 +131,57 @@ def draw(generator, vae, classes, rows, n, args):
                 yield row * n + i, image
 
 
-def write_folder(folder, images, names):
-    """A folder of PNGs of one run alone. names: of the image of each place."""
-    foreign = sorted({p.name for p in folder.glob("*.png")} - set(names))
-    if foreign:
-        raise UsageError(f"{folder} holds images of another run ({foreign[0]}): remove them")
-    folder.mkdir(parents=True, exist_ok=True)
+def write_folder(folder, images, files, origin):
+    """A folder of PNGs of one run alone. files: the name of each place; origin: what made them.
+
+    Its samples.json holds the origin: other weights or settings do not go on there.
+    """
+    on_all_ranks(begin_folder, folder, files, origin)
     for place, image in images:
-        with whole_file(folder / names[place]) as file:
+        with whole_file(folder / files[place]) as file:
             Image.fromarray(image.squeeze()).save(file, format="PNG")
 
 
-def write_file(path, images, count, columns, titles):
+def begin_folder(folder, files, origin):
+    if get_rank() > 0:
+        return
+    record = folder / "samples.json"
+    there = sorted(path.name for path in folder.glob("[!.]*"))
+    if not there:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(record, "x") as file:  # of two runs that start at once one fails here
+            json.dump(origin, file)
+        return
+    try:
+        before = json.loads(record.read_text())
+        changed = [key for key in origin if before[key] != origin[key]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{folder} holds {there[0]} and no samples.json that says what made it: "
+                         "choose an empty folder") from error
+    foreign = sorted({name for name in there if name.endswith(".png")} - set(files))
+    if changed or foreign:
+        what = f"other {', '.join(changed)}" if changed else f"also {foreign[0]}"
+        raise UsageError(f"{folder} holds images of another run ({what}): choose another folder")
+
+
+def check_out(path):
+    """Raises UsageError where no file `path` can be written: before the work, not after it."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder, it cannot be written as a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written ({one_line(error)})") from error
+
+
+def write_file(path, images, count, columns, titles, names):
     """One .npz (arr_0 uint8 [N, H, W, C]) or .png (a grid) of the images of all processes.
 
     They fill a scratch file together, so that 50,000 images need no memory. It is named after
     rank 0's process: all ranks agree on that, and no other run has it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f"{path.name}.{gather(os.getpid())[0]}.scratch")
     try:
         scratch.touch()
@@ -146,7 +194,8 @@ def write_file(path, images, count, columns, titles):
             return
         pixels = np.memmap(scratch, np.uint8, "r+", shape=(count, *image.shape))
         if path.suffix == ".png":
-            save_grid(torch.from_numpy(pixels).permute(0, 3, 1, 2), columns, path, titles)
+            save_grid(torch.from_numpy(pixels).permute(0, 3, 1, 2), columns, path, titles,
+                      names)
         else:
             with whole_file(path) as file:
                 np.savez(file, arr_0=pixels)
@@ -165,7 +214,7 @@ def add_sampling_options(parser, required):
     add("--ckpt", required=required, help="run or checkpoint folder, folder of the authors' "
         "artifact, or on the Hub hf://NAME or hf://USER/REPO[/SUBFOLDER][@REVISION]")
     add("--cfg_scale", type=number(float), nargs="+", default=[1.0], help="guidance alpha, 1 to 4")
-    add("--temperature", type=number(float), default=1.0, help="what multiplies the noise")
+    add("--temperature", type=number(float, least=0), default=1.0, help="what multiplies the noise")
     add("--seed", type=number(int, least=0), default=0, help="seed of the noise")
     add("--batch_size", type=positive_int, default=64, help="images at a time on a GPU")
     add("--vae", default=SD_VAE, help="folder or hf:// address of the decoder of latents")
@@ -174,12 +223,55 @@ def add_sampling_options(parser, required):
 
 
 def load_networks(args):
-    """The generator of --ckpt, and the decoder of --vae if it makes latents, else None."""
+    """The generator of --ckpt, and the decoder of --vae if it makes latents, else None.
+
+    Raises UsageError for another VAE than that of the latents which the generator was trained on.
+    """
+    for alpha in args.cfg_scale:
+        if not 1 <= alpha <= 4:
+            note(f"warning: training saw guidance of 1 to 4 alone, not --cfg_scale {alpha:g}")
     generator = load_generator(args.ckpt, not args.no_converted_copy).to(args.device)
     vae = None
     if generator.out_channels not in (1, 3):
         vae = load_vae(args.vae, args.device, args.vae_chunk)
+        digest = file_hash(vae.weights_file)
+        if getattr(generator, "origin", {}).get("vae", digest) != digest:
+            raise UsageError(f"--vae {args.vae}: {args.ckpt} makes latents of another VAE, of "
+                             f"sha256 {generator.origin['vae']:.12}, not {digest:.12}")
     return generator, vae
+
+
+def weights_hash(net):
+    digest = hashlib.sha256()
+    for tensor in net.state_dict().values():
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def file_hash(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def class_names(generator):
+    """Of the data that it was trained on; of the authors' artifacts and older checkpoints []."""
+    names = getattr(generator, "origin", {}).get("classes", [])
+    return names if len(names) == generator.num_classes else []
+
+
+def class_numbers(words, names, num_classes):
+    """--classes as numbers. A name counts before a number: folders may be called 1 to 10."""
+    numbers = []
+    for word in words:
+        if word in names:
+            numbers.append(names.index(word))
+        elif word.isdecimal() and int(word) < num_classes:
+            numbers.append(int(word))
+        else:
+            named = f", by name {', '.join(names):.300}" if names else " and has no names"
+            raise UsageError(f"--classes {word}: this generator knows 0 to {num_classes - 1}"
+                             f"{named}")
+    return numbers
 
 
 def parse(argv=None):
@@ -187,7 +279,7 @@ def parse(argv=None):
                                      allow_abbrev=False)
     add_sampling_options(parser, required=True)
     add = parser.add_argument
-    add("--classes", type=number(int, least=0), nargs="+", help="classes (None: all; of a grid 10)")
+    add("--classes", nargs="+", help="names or numbers (None: all; of a grid 10)")
     add("--style", choices=("free", "fixed", "alone"), nargs="+", default=["free"], help="fixed: "
         "all images have the first one's style indices; alone: all have its noise; free: neither")
     add("--num_images", type=positive_int, help="images in all (None: 8 a class), or of a labelled "
@@ -207,12 +299,14 @@ def parse(argv=None):
 def main(argv=None):
     args = parse(argv)
     out = Path(args.out)
+    on_all_ranks(check_out, out if out.suffix else out / "samples")
     generator, vae = load_networks(args)
-    classes = args.classes or list(range(generator.num_classes))
-    if args.classes is None and out.suffix == ".png":
+    names = class_names(generator)
+    classes = list(range(generator.num_classes))
+    if args.classes:
+        classes = on_all_ranks(class_numbers, args.classes, names, generator.num_classes)
+    elif out.suffix == ".png":
         classes = classes[:10]
-    if max(classes) >= generator.num_classes:
-        raise UsageError(f"--classes: this generator knows 0 to {generator.num_classes - 1}")
     if args.compile:
         generator.compile()
         if vae is not None:
@@ -229,12 +323,19 @@ def main(argv=None):
     images = tqdm(draw(generator, vae, classes, rows, n, args), unit=" images",
                   total=len(rows) * math.ceil(n / world_size()), disable=get_rank() > 0)
     if out.suffix:
-        write_file(out, images, len(rows) * n, columns, titles)
+        heads = [names[classes[i % len(classes)]] for i in range(columns)] if names else None
+        write_file(out, images, len(rows) * n, columns, titles, heads)
     else:
-        write_folder(out, images, [f"{i:06d}_{classes[i % len(classes)]}.png" for i in range(n)])
+        origin = {"weights": weights_hash(generator),
+                  "vae": None if vae is None else file_hash(vae.weights_file), "seed": args.seed, "cfg_scale": args.cfg_scale, "temperature": args.temperature,
+                  "style": args.style, "classes": classes}
+        files = [f"{i:06d}_{classes[i % len(classes)]}.png" for i in range(n)]
+        write_folder(out, images, files, origin)
         barrier()
     if get_rank() == 0:
         print(f"{out}: {len(rows) * n} images")
+        if names:
+            print("classes:", ", ".join(f"{c} {names[c]}" for c in classes))
 
 
 if __name__ == "__main__":

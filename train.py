@@ -10,10 +10,7 @@ samples_*.png, log.jsonl and options.json. The same command again resumes. What 
 depends on (seed, step) alone, whatever the number of processes and micro-batches.
 """
 import argparse
-import contextlib
 import copy
-import fcntl
-import hashlib
 import json
 import math
 import os
@@ -40,8 +37,8 @@ import fid
 import model
 import prepare_data
 import sample
-from model import (UsageError, gather, get_rank, number, on_all_ranks, one_line, positive_int,
-                   run_script, world_size)
+from model import (UsageError, digest, gather, get_rank, number, on_all_ranks, one_line,
+                   positive_int, read_sums, run_script, sha256, world_size, write_sums)
 from prepare_data import upload
 
 # What the paper's recipes share (A.3, A.8, Table 8), as in the release. There each of 16 to 32
@@ -72,6 +69,23 @@ PRESETS = {
     "pixel_L": PIXEL | dict(
         model="L", labels=128, pos=128, uncond=32, alpha_power=5, push=2048,
         lr=4e-4, weight_decay=0.01, warmup=10000, steps=100000),                # 1.61 (1.62)
+
+    # The other field, of W-Flow, with its paper's FID. It has eight and 64 hosts.
+    "wflow_ablation": LATENT | dict(
+        field="sinkhorn", iterations=10, model="B", labels=64, pos=64, uncond=16, alpha_power=3,
+        push=512, attn_fp32=True, lr=2e-4, weight_decay=0.01, warmup=5000, steps=30000,
+        encoder=["hf://mae_latent_256"]),                                       # 7.08
+    "wflow_B": LATENT | dict(
+        field="sinkhorn", iterations=10, model="B", labels=128, pos=64, uncond=32, alpha_power=5,
+        push=8192, lr=4e-4, weight_decay=0.0, warmup=10000, steps=200000),      # 1.52
+    "wflow_L": LATENT | dict(
+        field="sinkhorn", iterations=1, model="L", labels=128, pos=64, uncond=32, alpha_power=3,
+        alpha_fixed=0.5, push=8192, lr=4e-4, weight_decay=0.01, warmup=10000,
+        steps=200000),                                                          # 1.35
+    "wflow_XL": LATENT | dict(
+        field="sinkhorn", iterations=1, temperature=0.01, model="XL", labels=128, pos=128,
+        uncond=32, alpha_power=4, alpha_fixed=0.2, push=8192, lr=3e-4, weight_decay=0.01,
+        warmup=10000, steps=200000),                                            # 1.29, at 180k
 
     # Encoders, with the FID of a generator in their features: Table 3, and the best row above.
     "mae_latent_256": MAE | dict(
@@ -120,7 +134,6 @@ def build_parser(preset=None):
     share = number(float, least=0, most=1)
     positive = number(float, above=0)
     count = number(int, least=0)
-    cuda = torch.cuda.is_available()
 
     add = parser.add_argument_group("run").add_argument
     add("--preset", choices=PRESETS, help="row of PRESETS; other options override it")
@@ -128,9 +141,10 @@ def build_parser(preset=None):
     add("--data", help="folder written by prepare_data.py; its split train is used")
     add("--out", help="run folder (None: runs/PRESET)")
     add("--seed", type=count, default=0, help="with the step, all that randomness depends on")
-    add("--device", default="cuda" if cuda else "cpu", help="cuda or cpu")
-    add("--bf16", action=argparse.BooleanOptionalAction, default=cuda, help="networks compute in "
-        "bfloat16; master weights, statistics and the drift loss stay float32")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cuda or cpu")
+    add("--bf16", action=argparse.BooleanOptionalAction, help="networks compute in bfloat16, which "
+        "is the default on a GPU; master weights, statistics and the drift loss stay float32")
     add("--compile", action="store_true", help="torch.compile the networks")
     add("--micro_batches", type=positive_int, default=1, help="parts in which a process takes its "
         "share of a step: the same gradients in less memory, with more forward passes")
@@ -188,15 +202,25 @@ def build_parser(preset=None):
         "latest samples (the paper's), or from the whole class")
     add("--push", type=positive_int, default=1024, help="samples pushed into queues a step")
     add("--flip", action="store_true", help="mirror real images at random")
-    add("--kernel", choices=drift.KERNELS, default="both", help="normalisation (Table 11)")
-    add("--attraction", type=number(float), default=1.0, help="multiplier of V+ (Table 1)")
-    add("--repulsion", type=number(float), default=1.0, help="multiplier of V- (Table 1)")
+    add("--field", choices=drift.FIELDS, default="drifting", help="what moves the samples")
     add("--eval_every", type=count, default=0, help="steps between evaluations; 0: none")
     add("--eval_images", type=positive_int, default=10000, help="images an evaluation")
     add("--eval_features", default="inception", help="inception, pixels or encoder:CKPT")
     add("--eval_ref", help="statistics, as --ref of fid.py (None: made of --data)")
     add("--eval_resize", choices=("tf1", "half"), default="tf1", help="resize for Inception")
     add("--eval_inception", help="weights of Inception (None: downloaded)")
+
+    add = parser.add_argument_group("field drifting").add_argument
+    add("--kernel", choices=drift.KERNELS, default="both", help="normalisation (Table 11)")
+    add("--attraction", type=number(float), default=1.0, help="multiplier of V+ (Table 1)")
+    add("--repulsion", type=number(float), default=1.0, help="multiplier of V- (Table 1)")
+
+    add = parser.add_argument_group("field sinkhorn (W-Flow)").add_argument
+    add("--temperature", type=positive, default=0.05, help="regularisation R, in units of the mean "
+        "squared distance")
+    add("--iterations", type=positive_int, default=10, help="Sinkhorn iterations")
+    add("--repelled_by", choices=drift.REPELLED_BY, default="independent", help="samples that push "
+        "others: a second batch, the batch itself, or none")
     if preset:
         parser.set_defaults(**copy.deepcopy(PRESETS[preset]))
     return parser
@@ -210,20 +234,29 @@ def parse(argv):
     parser = build_parser(preset if preset in PRESETS else None)
     args = parser.parse_args(argv)
     given = {word.split("=")[0] for word in argv}
-    for group in parser._action_groups:
-        if group.title.startswith("stage ") and group.title.split()[1] != args.stage:
+    options = vars(args)
+    for group in parser._action_groups:  # "stage generator" and "field sinkhorn" name their switch
+        switch, value, *_ = group.title.split() + [""]
+        if switch in ("stage", "field") and options.get(switch) != value:
             for action in group._group_actions:
                 if action.option_strings[0] in given:
-                    parser.error(f"{action.option_strings[0]} is not read in stage {args.stage}")
+                    parser.error(f"{action.option_strings[0]} is read with --{switch} {value} only")
                 delattr(args, action.dest)
+    # A preset's schedule has the shape of its length: a shorter run gets a shorter one.
+    row = PRESETS.get(preset, {})
+    if args.steps < row.get("steps", 0):
+        for name in ("warmup", "cooldown", "cls_steps", "cls_ramp"):
+            if name in row and f"--{name}" not in given:
+                options[name] = math.ceil(row[name] * args.steps / row["steps"])
 
-    options = vars(args)
     if args.stage == "generator" and args.reals == "index" and "--push" in given:
         parser.error("--push is read with --reals queue only")
     for switch in ("eval_every", "cls_steps"):  # its value 0 switches the options off that follow
         for name in options.keys() - {switch}:
             if name.startswith(switch[:4]) and f"--{name}" in given and not options[switch]:
                 parser.error(f"--{name} is read with --{switch} only")
+    if args.bf16 is None:
+        args.bf16 = args.device.startswith("cuda")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device {args.device}: torch sees no GPU here")
     if args.out is None and args.preset is None:
@@ -261,7 +294,8 @@ class EncoderStage:
                              args.layers, input_patch_size=args.input_patch_size,
                              num_classes=data.num_classes)
         self.grid = side // args.input_patch_size // self.net.patch_size
-        self.vae = open_vae(args) if through_vae else None
+        self.vae = open_vae(args, data) if through_vae else None
+        self.encoder_digests = []
         self.mirrored = latents  # by choosing one of the stored views
         self.cropped = args.crop_scale < 1 and not latents
         self.forward = torch.compile(self.net) if args.compile else self.net
@@ -347,8 +381,12 @@ class GeneratorStage:
                                    **model.GENERATOR_SIZES[args.model])
         self.net.checkpoint_blocks = args.checkpoint_blocks
         needs_vae = latents and (args.pixel_encoder or not args.dry_run)
-        self.vae = open_vae(args) if needs_vae else None
-        self.encoders = open_encoders(args, data)
+        self.vae = open_vae(args, data) if needs_vae else None
+        self.encoders, self.encoder_digests = open_encoders(args, data)
+        # A second batch of samples, without gradients, by which a field other than drifting repels.
+        # Its price: a forward pass of the generator and of the encoders, and its features.
+        self.second = args.field != "drifting" and vars(args).get("repelled_by") in (
+            None, "independent")
         self.forward = self.net
         self.encode = [encoder.features for encoder in self.encoders]
         if args.compile:
@@ -380,9 +418,10 @@ class GeneratorStage:
             rng = np.random.default_rng([args.seed, step, slot])
             random = stream(rng.integers(1 << 63), args.device)
             alpha = drift.sample_alpha(1, args.alpha_power, args.alpha_fixed, rng)
-            noise = torch.randn(args.gen, net.in_channels, net.input_size, net.input_size,
+            count = args.gen * (2 if self.second else 1)
+            noise = torch.randn(count, net.in_channels, net.input_size, net.input_size,
                                 generator=random, device=args.device)
-            styles = torch.randint(net.noise_classes, (args.gen, net.noise_coords),
+            styles = torch.randint(net.noise_classes, (count, net.noise_coords),
                                    generator=random, device=args.device)
             pos = source.draw(labels[slot], args.pos, rng)
             ids = np.concatenate([pos, source.draw_any(args.uncond, rng)])
@@ -419,10 +458,22 @@ class GeneratorStage:
 
     def generate(self, batch):
         """Samples [labels, G, c, h, w]."""
-        labels, gen = batch["noise"].shape[:2]
+        gen = self.args.gen
+        return self.samples_of(batch, batch["noise"][:, :gen], batch["styles"][:, :gen])
+
+    @torch.no_grad()
+    def generate_second(self, batch):
+        """Samples of the same labels and alphas with other noise and styles; None without them."""
+        gen = self.args.gen
+        if not self.second:
+            return None
+        return self.samples_of(batch, batch["noise"][:, gen:], batch["styles"][:, gen:])
+
+    def samples_of(self, batch, noise, styles):
+        labels, gen = noise.shape[:2]
         with autocast(self.args):
-            x = self.forward(batch["noise"].flatten(0, 1), batch["labels"].repeat_interleave(gen),
-                             batch["alpha"].repeat_interleave(gen), batch["styles"].flatten(0, 1))
+            x = self.forward(noise.flatten(0, 1), batch["labels"].repeat_interleave(gen),
+                             batch["alpha"].repeat_interleave(gen), styles.flatten(0, 1))
         return x.unflatten(0, (labels, gen))
 
     def features(self, x):
@@ -436,20 +487,21 @@ class GeneratorStage:
             features |= encode(x)
         return {name: f.unflatten(0, (labels, -1)) for name, f in features.items()}
 
-    def loss(self, x, batch, reduce):
-        """`drift.feature_drift_loss` of samples x [labels, G, c, h, w]."""
+    def loss(self, x, second, batch, reduce):
+        """`drift.feature_loss` of samples x and the second ones, [labels, G, c, h, w]."""
         args = self.args
         gen = self.features(x)
         with torch.no_grad():
+            gen2 = None if second is None else self.features(second)
             if self.kept is None:
                 reals = self.features(batch["reals"])
             else:
                 reals = {name: f[batch["ids"], 0] for name, f in self.kept.items()}
         pos = {name: f[:, :args.pos] for name, f in reals.items()}
-        neg = {name: f[:, args.pos:] for name, f in reals.items()}
-        weight = drift.unconditional_weight(batch["alpha"], args.gen, args.uncond)
-        return drift.feature_drift_loss(gen, pos, neg, weight, reduce, kernel=args.kernel,
-                                        attraction=args.attraction, repulsion=args.repulsion)
+        uncond = {name: f[:, args.pos:] for name, f in reals.items()}
+        options = {name: getattr(args, name) for name in FIELD_OPTIONS.get(args.field, ())}
+        return drift.feature_loss(args.field, gen, gen2, pos, uncond, batch["alpha"], reduce,
+                                  **options)
 
     def backward(self, batch, step):
         """The loss of the whole global batch, of which a part is in memory at a time.
@@ -468,13 +520,14 @@ class GeneratorStage:
 
         parts = split(batch, self.args.micro_batches)
         if len(parts) == 1:
-            loss, losses, infos = self.loss(self.generate(batch), batch, over_processes)
+            second = self.generate_second(batch)
+            loss, losses, infos = self.loss(self.generate(batch), second, batch, over_processes)
             loss.backward()
             return *figures([losses], infos), finite
 
         # 1. The samples of all parts, without gradients.
         with torch.no_grad():
-            samples = [self.generate(part) for part in parts]
+            samples = [(self.generate(part), self.generate_second(part)) for part in parts]
 
         # 2. One kind of sum after the other, over the parts and then over the processes.
         totals = {}
@@ -487,17 +540,19 @@ class GeneratorStage:
                 return totals.get((feature, name), sums)  # what comes of a part's sum is not used
 
             with torch.no_grad():
-                for x, part in zip(samples, parts):
-                    self.loss(x, part, collect)
+                for (x, second), part in zip(samples, parts):
+                    self.loss(x, second, part, collect)
             for feature, sums in own.items():
                 totals[feature, kind] = over_processes(feature, kind, sums)
+
+        def total(feature, name, sums):
+            return totals[feature, name]
 
         # 3. Part by part the gradient goes through the encoders to the samples, and from there
         #    through the generator, so that one network's activations are in memory at a time.
         losses_of_parts = []
-        for x, part in zip(samples, parts):
-            loss, losses, infos = self.loss(
-                x.requires_grad_(), part, lambda feature, name, sums: totals[feature, name])
+        for (x, second), part in zip(samples, parts):
+            loss, losses, infos = self.loss(x.requires_grad_(), second, part, total)
             (loss / len(parts)).backward()
             self.generate(part).backward(x.grad)
             losses_of_parts.append(losses)
@@ -512,6 +567,10 @@ class GeneratorStage:
 
 
 STAGES = {"encoder": EncoderStage, "generator": GeneratorStage}
+
+# The options that a field's loss takes.
+FIELD_OPTIONS = {"drifting": ("kernel", "attraction", "repulsion"),
+                 "sinkhorn": ("temperature", "iterations", "repelled_by")}
 
 
 def figures(losses_of_parts, infos):
@@ -574,14 +633,20 @@ def frozen(net, args):
                   memory_format=torch.channels_last)
 
 
-def open_vae(args):
-    vae = random_vae(args) if args.dry_run else model.load_vae(
-        args.vae, args.device, args.vae_chunk, args.compile)
+def open_vae(args, data):
+    """The VAE, which must be the one that made the data's latents. Raises UsageError."""
+    if args.dry_run:
+        return frozen(random_vae(args), args)
+    vae = model.load_vae(args.vae, args.device, args.vae_chunk, args.compile)
+    if data.meta.get("vae", sha256(vae.weights_file)) != sha256(vae.weights_file):
+        raise UsageError(f"--vae {args.vae} is not the VAE that made the latents of {args.data}")
     return frozen(vae, args)
 
 
 def open_encoders(args, data):
+    """Encoders, and the sha256 of each one's weights, by which a resumed run knows them again."""
     encoders = torch.nn.ModuleList()
+    digests = []
     channels = 3 if args.pixel_encoder else data.shape[0]
     for name in args.encoder:
         encoder = random_encoder(name, data) if args.dry_run else model.load_encoder(name)
@@ -590,8 +655,10 @@ def open_encoders(args, data):
                              f"{channels} (--pixel_encoder decodes latents for it)")
         if isinstance(encoder, model.MAE):
             del encoder.decoder, encoder.fc  # a fifth of it, and never looked through
+        if not args.dry_run:
+            digests.append(digest(encoder))
         encoders.append(encoder)
-    return frozen(encoders, args)
+    return frozen(encoders, args), digests
 
 
 # --------------------------------------------------------------------------------------------
@@ -607,6 +674,8 @@ class Run:
         if args.init_from:
             on_all_ranks(start_from, args.init_from, self.stage.net)
         self.net = self.stage.net.to(args.device).train()
+        # What names and pixels the weights belong to: sample.py reads it.
+        self.net.origin = {key: data.meta[key] for key in ("classes", "vae") if key in data.meta}
         self.emas = [copy.deepcopy(self.net).eval().requires_grad_(False) for _ in args.ema_decay]
         self.params = list(self.net.parameters())
         self.optimizer = torch.optim.AdamW(self.params, args.lr, (0.9, 0.95), eps=1e-8,
@@ -632,7 +701,7 @@ class Run:
         # backward pass; a step has as many of those as micro-batches, and losses that are shared.
         status = torch.zeros(2 + world_size(), dtype=torch.float64, device=args.device)
         status[0] = logs["loss"]
-        status[1] = stop_asked
+        status[1].fill_(stop_asked)  # to assign a Python number would make a GPU wait
         status[2 + get_rank()] = 2 * ~finite + ~own_norm.isfinite()
         if world_size() > 1:
             for work in [dist.all_reduce(x, async_op=True) for x in (*grads, status)]:
@@ -693,7 +762,7 @@ def main(argv=None):
                 words += ["--data", args.data]
             main(words)
             args.encoder[i] = f"runs/{name}"
-    with on_all_ranks(claim, Path(args.out)):
+    with on_all_ranks(prepare_data.claim, args.out):
         train(args)
 
 
@@ -709,15 +778,22 @@ def train(args):
     eval_every = getattr(args, "eval_every", 0)
     evaluator = Evaluator(args, run.stage.vae) if eval_every else None
 
-    stop = threading.Event()  # set by SIGTERM, with which clusters take a machine away
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    # Clusters take a machine away with SIGTERM, people with Ctrl-C, at whose second the run ends.
+    stop = threading.Event()
+
+    def ask_to_stop(signum, frame):
+        stop.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, ask_to_stop)
     progress = tqdm(range(start, args.steps), args.out, initial=start, total=args.steps,
                     disable=get_rank() > 0, mininterval=1)
     batches = prepare_data.prefetch(run.stage.batch, range(start, args.steps))
     began = logged_at = time.time()
     logged = start
     waited = 0
-    before = None
+    unread = None
     for step in progress:
         asked = time.time()
         batch = next(batches)
@@ -725,8 +801,8 @@ def train(args):
         logs, by_feature, status = run.update(batch, step, stop.is_set())
         done = step + 1
         # The step before is over by now: to read its status makes no GPU wait.
-        stopping = before is not None and look_at(args, *before)
-        before = (step, by_feature, status)
+        stopping = unread is not None and look_at(args, *unread)[1]
+        unread = (step, by_feature, status)
 
         if done % args.log_every == 0 or done in (1, args.steps):
             logs = mean_over_processes(logs)
@@ -747,21 +823,28 @@ def train(args):
         if eval_every and (done % eval_every == 0 or done == 1):
             evaluator(run.emas[0], done, 100 if done % eval_every else args.eval_images)
         if done % args.save_every == 0 or done == args.steps or stopping:
-            compare_weights(run)
-            on_all_ranks(save_checkpoint, run, done)
+            skipped, _ = look_at(args, *unread)
+            unread = None
+            if not skipped:
+                compare_weights(run)
+                on_all_ranks(save_checkpoint, run, done)
+            elif done == args.steps:
+                give_up(f"{out}: step {done} is not finite, and was not saved: lower --lr or raise "
+                        "--warmup, and run the same command")
         if stopping:
-            say(f"{out}: stopped by SIGTERM after step {done}; the same command resumes there")
+            say(f"{out}: stopped after step {done}; the same command resumes from "
+                f"{model.latest_checkpoint(out)}")
             raise SystemExit(0)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    look_at(args, *before)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, signal.SIG_DFL)
     say(f"{out}: {args.steps} steps; weights in {model.latest_checkpoint(out)}, "
         f"pictures in {out}/samples_{args.steps:08d}.png")
 
 
 def look_at(args, step, by_feature, status):
-    """Explain a step that was skipped. Returns whether a process was asked to stop.
+    """Explain a step that was skipped. Returns: skipped steps in a row, was a process asked to stop.
 
-    After ten skipped steps in a row rank 0 raises a UsageError, and the others end.
+    After ten skipped steps in a row the run ends.
     """
     in_a_row, stop_asked, *faults = status.read()
     if in_a_row:
@@ -772,12 +855,17 @@ def look_at(args, step, by_feature, status):
         say(f"step {step + 1} skipped: loss or gradient is not finite, on rank(s) {ranks}; largest "
             "losses: " + ", ".join(f"{name} {losses[name]}" for name in worst))
     if in_a_row >= 10:
-        if get_rank() > 0:
-            raise SystemExit(1)
-        raise UsageError(f"step {step + 1}: {in_a_row:.0f} steps in a row were not finite, and "
-                         "were skipped: lower --lr or raise --warmup, and run the same command. "
-                         f"The last checkpoint is {model.latest_checkpoint(args.out)}")
-    return stop_asked > 0
+        give_up(f"step {step + 1}: {in_a_row:.0f} steps in a row were not finite, and were "
+                "skipped: lower --lr or raise --warmup, and run the same command. "
+                f"The last checkpoint is {model.latest_checkpoint(args.out)}")
+    return in_a_row, stop_asked > 0
+
+
+def give_up(text):
+    """Ends a run on all processes, which all came here, with one line of rank 0."""
+    if get_rank() > 0:
+        raise SystemExit(1)
+    raise UsageError(text)
 
 
 def learning_rate(step, args):
@@ -821,9 +909,15 @@ def rounded(by_feature):
 
 
 def compare_weights(run):
-    """Raises RuntimeError on all processes where one has other weights, before they are saved."""
+    """Before weights are saved: raises RuntimeError on all processes where one has others.
+
+    Ends the run where some are not finite: a finite gradient can still overflow them.
+    """
     sums = torch.stack([p.double().sum() for p in run.params]).tolist()
     of_ranks = gather(sums)
+    if not np.isfinite(of_ranks).all():
+        give_up(f"{run.args.out}: weights are not finite, and were not saved: lower --lr and run "
+                "the same command, which resumes from the last checkpoint")
     other = [str(rank) for rank, theirs in enumerate(of_ranks) if theirs != of_ranks[0]]
     if other:
         raise RuntimeError(f"rank {', '.join(other)} has other weights than rank 0; nothing was "
@@ -855,10 +949,22 @@ def begin(run, start):
     changed = [f"--{name} {value}" for name, value in vars(args).items() if value != defaults[name]]
     say("options that are not the defaults: " + " ".join(changed))
     (out / "options.json").write_text(json.dumps(vars(args), indent=1))
+    if args.warmup + args.cooldown > args.steps:
+        say(f"--warmup {args.warmup} and --cooldown {args.cooldown} are more than --steps "
+            f"{args.steps}: the learning rate never reaches --lr")
     log = out / "log.jsonl"
-    if log.exists():  # its last line is torn if the disk was full
-        whole = log.read_bytes()
-        os.truncate(log, whole.rfind(b"\n") + 1)
+    if log.exists():  # steps after the checkpoint are made again; the last line may be torn
+        lines = log.read_text().splitlines(keepends=True)
+        log.write_text("".join(line for line in lines if step_of(line) <= start))
+
+
+def step_of(line):
+    """The step of a line of log.jsonl; infinite if it is torn."""
+    try:
+        line = json.loads(line)
+    except ValueError:
+        return math.inf
+    return line.get("step", line.get("skipped_step", 0))
 
 
 def write_log(args, line):
@@ -881,23 +987,13 @@ def count_parameters(net):
     return f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f}M parameters"
 
 
-def claim(out):
-    """Hold a run folder: two runs would remove each other's checkpoints. Freed also by death."""
-    if get_rank() > 0:
-        return contextlib.nullcontext()
-    out.mkdir(parents=True, exist_ok=True)
-    lock = open(out / ".lock", "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.close()
-        raise UsageError(f"another run writes to {out}: wait for it, or end it") from error
-    return lock
-
-
 def say(text):
+    """A line of rank 0. A run outlives who reads its lines, as `| head` does not."""
     if get_rank() == 0:
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            sys.stdout = open(os.devnull, "w")
 
 
 # --------------------------------------------------------------------------------------------
@@ -962,14 +1058,13 @@ def save_checkpoint(run, step):
         for key, value in slots.items():
             state[f"optimizer.{i}.{key}"] = value.contiguous()
     metadata = {"step": str(step), "options": json.dumps(vars(args)),
-                "data": run.stage.data.fingerprint()}
+                "data": run.stage.data.fingerprint(),
+                "encoders": json.dumps(run.stage.encoder_digests)}
     try:
         for place, ema in zip(ema_folders(partial, args.ema_decay), run.emas):
             ema.save_pretrained(place)
         save_file(state, partial / "train_state.safetensors", metadata)
-        files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
-        sums = [f"{sha256(path)}  {path.relative_to(partial)}\n" for path in files]
-        (partial / "SHA256SUMS").write_text("".join(sums))
+        write_sums(partial)
         for path in (*partial.rglob("*"), partial):
             sync(path)
         partial.rename(folder)
@@ -993,7 +1088,7 @@ def load_checkpoint(run, folder):
                          "--out")
     before = json.loads(metadata["options"])
     for name, value in sorted(vars(args).items()):
-        if before.get(name) != value and name not in ("device", "out", "data"):
+        if before.get(name, value) != value and name not in ("device", "out", "data"):
             say(f"resuming {args.out} with --{name} {value}, before {before.get(name)}")
     places = dict(zip(before["ema_decay"], ema_folders(folder, before["ema_decay"])))
     if not places.keys() >= set(args.ema_decay):
@@ -1007,6 +1102,10 @@ def load_checkpoint(run, folder):
     except RuntimeError as error:
         raise UsageError(f"{folder} is of another model than these options build; choose another "
                          f"--out ({one_line(error)})") from error
+    encoders = json.loads(metadata.get("encoders", "null"))  # absent in older checkpoints
+    if encoders is not None and encoders != run.stage.encoder_digests:
+        raise UsageError(f"{folder} was trained with other weights than those of --encoder "
+                         f"{' '.join(args.encoder)} now; choose another --out")
     slots = {}
     for name, value in part_of(state, "optimizer.").items():
         i, key = name.split(".")
@@ -1023,8 +1122,7 @@ def whole_checkpoint(out):
         return None
     for folder in checkpoints(out):
         try:
-            lines = (folder / "SHA256SUMS").read_text().splitlines()
-            sums = {line[66:]: line[:64] for line in lines}
+            sums = read_sums(folder)
             names = {"model.safetensors", "train_state.safetensors", *sums}
             wrong = [name for name in names if sha256(folder / name) != sums.get(name)]
         except (OSError, ValueError) as error:
@@ -1053,11 +1151,6 @@ def ema_folders(folder, decays):
 def part_of(state, prefix):
     return {name.removeprefix(prefix): value for name, value in state.items()
             if name.startswith(prefix)}
-
-
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path):

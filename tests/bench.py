@@ -217,15 +217,15 @@ def bench_sample():
     n = 128 if DEVICE == "cuda" else 4
     generator = model.Generator(**conftest.published_generator("B")).eval().to(DEVICE)
     words = ["--preset", "latent_ablation", "--dry_run"]
-    as_sampled = train.open_vae(train.parse(words))
-    plain = train.open_vae(train.parse(words))
+    as_sampled = train.open_vae(train.parse(words), None)
+    plain = train.open_vae(train.parse(words), None)
     plain.net.float().to(memory_format=torch.contiguous_format)
     functions = {"latents": lambda: sample.generate(generator, np.arange(n), np.arange(n))}
     latents = functions["latents"]().to(DEVICE)
     functions |= {"float32 decoder": lambda: plain.decode(latents),
                   "decoder as sample.py has it": lambda: as_sampled.decode(latents)}
     if DEVICE == "cuda":
-        compiled = train.open_vae(train.parse([*words, "--compile"]))
+        compiled = train.open_vae(train.parse([*words, "--compile"]), None)
         functions["the same compiled"] = lambda: compiled.decode(latents)
     with torch.no_grad():
         for name, seconds in in_turns(functions, 3).items():

@@ -1,9 +1,12 @@
 """prepare_data.py: what goes in comes out, is drawn as promised, and what is broken is named."""
 import errno
+import gzip
 import io
 import json
 import os
 import shutil
+import struct
+import tarfile
 import threading
 import time
 import zipfile
@@ -11,7 +14,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import model
 import prepare_data
@@ -111,7 +114,7 @@ def test_colours_survive_every_mode():
     deep = Image.fromarray(grey.astype(np.uint16) * 257)
     clear = Image.fromarray(np.dstack([grey] * 3 + [np.full((8, 8), 255, np.uint8)]))
     clear.putpixel((0, 0), (9, 9, 9, 0))
-    files = {"16 bits, PNG": (deep, "PNG"), "16 bits, TIFF": (deep, "TIFF"), "32 bits": (deep.convert("I"), "TIFF"),
+    files = {"16 bits, PNG": (deep, "PNG"), "16 bits, TIFF": (deep, "TIFF"), "16 bits, PPM": (deep, "PPM"),
              "RGBA": (clear, "PNG"), "CMYK": (Image.fromarray(grey).convert("RGB").convert("CMYK"), "TIFF"),
              "grey": (Image.fromarray(grey), "PNG"), "grey and alpha": (clear.convert("LA"), "PNG")}
     for name, (image, form) in files.items():
@@ -145,9 +148,7 @@ def test_bad_sources_get_one_line(tmp_path, folder):
         prepare_data.prepare(tmp_path / "cut.zip", tmp_path / "o")
     with pytest.raises(model.UsageError, match="nowhere: neither a folder nor a whole .zip"):
         prepare_data.prepare(tmp_path / "nowhere", tmp_path / "o")
-    with pytest.raises(model.UsageError, match="in no class folder"):
-        prepare_data.prepare(folder / "ant", tmp_path / "o")
-    with pytest.raises(model.UsageError, match="inside one folder"):
+    with pytest.raises(model.UsageError, match="which folders are the classes.*src/ant/0.png is deeper"):
         prepare_data.prepare(folder.parent, tmp_path / "o")
     picture((9, 8)).save(folder / "bee" / "9.png")
     with pytest.raises(model.UsageError, match="give one --size"):
@@ -284,10 +285,9 @@ def test_threads_read_a_zip_together(photos, tmp_path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as z:
         for p in photos.rglob("*.png"):
             z.write(p, p.relative_to(photos))
-    prepare_data.prepare(tmp_path / "x.zip", tmp_path / "zip", workers=8)
-    prepare_data.prepare(photos, tmp_path / "folder")
-    zipped, plain = files_of(tmp_path / "zip/train"), files_of(tmp_path / "folder/train")
-    assert all(zipped[name] == plain[name] for name in ("images.bin", "labels.npy"))
+    prepare_data.prepare(tmp_path / "x.zip", tmp_path / "zip", 64, workers=8)
+    prepare_data.prepare(photos, tmp_path / "folder", 64)
+    assert files_of(tmp_path / "zip/train") == files_of(tmp_path / "folder/train")
 
 
 @pytest.fixture
@@ -482,7 +482,7 @@ def test_a_full_disk_keeps_what_is_done(tmp_path, folder, monkeypatch):
         prepare_data.prepare(tmp_path / "many", tmp_path / "out")
     monkeypatch.undo()
     done = tmp_path / "out/train.tmp/done"
-    assert done.read_bytes() == b"\1\0\0"
+    assert [mark > 0 for mark in np.fromfile(done, np.uint32)] == [True, False, False]
     shutil.copytree(tmp_path / "out", tmp_path / "torn")
     (tmp_path / "torn/train.tmp/done").write_bytes(b"")  # says of no block that it is missing
     prepare_data.prepare(tmp_path / "many", tmp_path / "torn")
@@ -499,17 +499,17 @@ def test_killed_and_resumed_on_another_number_of_processes(prepared, latents, tm
     """SIGKILL both after some blocks; one goes on, with what they had finished and nothing else."""
     partial = tmp_path / "out/train.tmp"
     two = latents(tmp_path / "out", 2)
-    done = b""
-    while done.count(1) < 2:
+    done = np.zeros(1)
+    while np.count_nonzero(done) < 2:
         assert all(p.poll() is None for p in two), two[0].communicate()[0]
         time.sleep(0.001)
         if (partial / "done").exists():
-            done = (partial / "done").read_bytes()
+            done = np.fromfile(partial / "done", np.uint32)
     for process in two:
         process.kill()
         process.wait()
-    done = (partial / "done").read_bytes()
-    assert 2 <= done.count(1) < len(done) and not (tmp_path / "out/train").exists()
+    done = np.fromfile(partial / "done", np.uint32)
+    assert 2 <= np.count_nonzero(done) < len(done) and not (tmp_path / "out/train").exists()
     row = 2 * 8 * 8 * 8 * 2
     with open(partial / "images.bin", "r+b") as f:  # what has no mark is not trusted
         for block, mark in enumerate(done):
@@ -524,16 +524,271 @@ def test_killed_and_resumed_on_another_number_of_processes(prepared, latents, tm
 
 
 def test_a_bug_in_a_loader_is_not_a_broken_image(tmp_path, folder, monkeypatch):
-    def buggy(path):
-        splits, load = prepare_data.class_zip(path)
-        return splits, lambda name: load(name.no_such_attribute)
-
-    with zipfile.ZipFile(tmp_path / "x.zip", "w") as z:
-        for p in folder.rglob("*.png"):
-            z.write(p, p.relative_to(folder))
-    monkeypatch.setattr(prepare_data, "open_source", buggy)
+    monkeypatch.setattr(prepare_data, "open_image", lambda data: data.no_such_attribute)
     with pytest.raises(AttributeError, match="no_such_attribute"):
-        prepare_data.prepare(tmp_path / "x.zip", tmp_path / "out", skip_broken=True)
+        prepare_data.prepare(folder, tmp_path / "out", skip_broken=True)
+
+
+def test_changed_images_are_not_taken_for_those_of_before(tmp_path, folder, monkeypatch):
+    """The size stays, as in a .bmp, and the time goes back; a copy has the same content and another name."""
+    for path in folder.rglob("*.png"):
+        Image.open(path).save(path.with_suffix(".bmp"))
+        path.unlink()
+    prepare_data.prepare(folder, tmp_path / "out")
+    before = files_of(tmp_path / "out/train")
+    shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)
+    prepare_data.prepare(tmp_path / "copy", tmp_path / "out")
+    changed = folder / "bee/1.bmp"
+    times = changed.stat()
+    picture((8, 8), seed=77).save(changed)
+    os.utime(changed, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(model.UsageError, match="of other images or options"):
+        prepare_data.prepare(folder, tmp_path / "out")
+    assert files_of(tmp_path / "out/train") == before
+    meta = json.loads(before["meta.json"])
+    del meta["content"]  # data of before it was kept are accepted
+    (tmp_path / "out/train/meta.json").write_text(json.dumps(meta))
+    prepare_data.prepare(folder, tmp_path / "out")
+
+    monkeypatch.setattr(prepare_data, "finish", lambda *args: None)  # of an unfinished split, the block is made again
+    prepare_data.prepare(tmp_path / "copy", tmp_path / "half")
+    monkeypatch.undo()
+    prepare_data.prepare(folder, tmp_path / "half")
+    prepare_data.prepare(folder, tmp_path / "at_once")
+    assert files_of(tmp_path / "half/train") == files_of(tmp_path / "at_once/train")
+
+
+@pytest.mark.parametrize("place", ["train", "train.tmp"])
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"kind": "pixels"}', b"[" * 100000, b"\xff"])
+def test_damaged_meta_of_the_output_gets_one_line(tmp_path, folder, place, content):
+    (tmp_path / "out" / place).mkdir(parents=True)
+    (tmp_path / "out" / place / "meta.json").write_bytes(content)
+    with pytest.raises(model.UsageError, match=f"{place}/meta.json: cannot be read .*remove"):
+        prepare_data.prepare(folder, tmp_path / "out")
+
+
+def test_two_at_once_and_places_that_cannot_be_written_to(tmp_path, folder):
+    with prepare_data.claim(tmp_path / "out"):
+        with pytest.raises(model.UsageError, match="another run writes to .*out"):
+            prepare_data.prepare(folder, tmp_path / "out")
+    prepare_data.prepare(folder, tmp_path / "out")
+    with prepare_data.claim(tmp_path / "out"):
+        prepare_data.prepare(folder, tmp_path / "out")  # writes nothing
+    (tmp_path / "file").write_bytes(b"")
+    for out in ("/", "/proc/x", tmp_path / "file", tmp_path / "file/x"):
+        with pytest.raises(model.UsageError, match="no place to write to"):
+            prepare_data.prepare(folder, out)
+
+
+# --------------------------------------------------------------------------------------------
+# Sources
+
+LAYOUTS = {  # files -> {split: {class: images}}, or what is said
+    "Training/a/1.png Training/b/1.png TESTING/a/1.png": {"train": "a1 b1", "test": "a1"},
+    "train/a/1.png valid/a/1.png test/a/1.png": {"train": "a1", "val": "a1", "test": "a1"},
+    "train/a/1.png eval/a/1.png docs/1.png x.png": {"train": "a1", "val": "a1", "out": "docs, x.png"},
+    "test/a/1.png a/1.png": "a beside test",
+    "train/a/1.png training/a/1.png": "two folders are the split train",
+    "train/1.png bus/1.png": {"train": "bus1 train1"},
+    "1.png 2.JPG": {"train": "images2", "out": "without class folders"},
+    "train/1.png test/1.png": {"train": "images1", "test": "images1"},
+    "train/a/1.png test/1.png": {"train": "a1", "out": "test is left out"},
+    "train/a/i/1.png train/b/i/1.png val/i/1.png": {"train": "a1 b1", "out": "val is left out"},
+    "a/1.png 1.png": "1.png is in no class folder",
+    "p/a/1.png p/b/1.png p/1.png": "which folders are the classes",
+    "p/a/1.png q/b/1.png": "which folders are the classes",
+    "train/p/a/1.png train/p/b/1.png": "which folders are the classes",
+    "a/1.png a/.x/1.png .b/1.png @eaDir/1.png __MACOSX/a/1.png b/@x/1.png b/.y.png": {"train": "a1"},
+    "a/1.jfif a/2.jpe a/3.avif a/4.ppm a/5.txt a/6.md b/ c/x.csv":
+        {"train": "a4", "out": "3 files are no images and left out: .csv, .md, .txt"},
+    "a/1.png b/ c/d/": {"train": "a1", "out": "folders without images: b/, c/"}}
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+@pytest.mark.parametrize("files", LAYOUTS)
+def test_layouts(tmp_path, files, kind, capsys):
+    source = tmp_path / ("x.zip" if kind == "zip" else "x")
+    for name in files.split():
+        if kind == "zip":
+            with zipfile.ZipFile(source, "a") as archive:
+                archive.writestr(name, b"")
+        elif name.endswith("/"):
+            (source / name).mkdir(parents=True)
+        else:
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes(b"")
+    right = LAYOUTS[files]
+    if isinstance(right, str):
+        with pytest.raises(model.UsageError, match=right):
+            prepare_data.open_source(source)
+        return
+    splits, _ = prepare_data.open_source(source)
+    found = {}
+    for split, items in splits.items():
+        classes = [label for label, _ in items]
+        found[split] = " ".join(f"{label}{classes.count(label)}" for label in sorted(set(classes)))
+    said = capsys.readouterr().err
+    right = dict(right)
+    assert right.pop("out", "") in said
+    assert found == right
+
+
+def test_links_pipes_and_names(tmp_path, folder, capsys):
+    (folder / "cat").symlink_to(folder / "bee")       # bee is read by its own name
+    (folder / "up").symlink_to(folder.parent)
+    (folder / "ant/here").symlink_to(folder)
+    (folder / "ant/nothing.png").symlink_to("nowhere")
+    (tmp_path / "far").mkdir()
+    picture((8, 8)).save(tmp_path / "far/0.png")
+    (folder / "far").symlink_to(tmp_path / "far")
+    os.mkfifo(folder / "ant/pipe.png")
+    splits, _ = prepare_data.open_source(folder)
+    classes = [label for label, _ in splits["train"]]
+    assert {c: classes.count(c) for c in classes} == {"ant": 2, "bee": 4, "far": 1, "zebra": 3}
+    said = capsys.readouterr().err
+    assert "2 pipes, devices or links to nothing" in said and "without images: ant/here/, cat/, up/" in said
+    (folder / "bee" / os.fsdecode(b"\xff.png")).write_bytes(b"")
+    with pytest.raises(model.UsageError, match="not UTF-8"):
+        prepare_data.open_source(folder)
+
+
+def test_numbered_classes_are_in_natural_order(tmp_path, capsys):
+    for c in range(12):
+        (tmp_path / "src" / f"c{c}").mkdir(parents=True)
+        Image.new("L", (2, 2), c).save(tmp_path / "src" / f"c{c}" / "0.png")
+    prepare_data.prepare(tmp_path / "src", tmp_path / "out")
+    data = prepare_data.Dataset(tmp_path / "out")
+    assert data.images[:, 0, 0, 0].tolist() == data.labels.tolist() == list(range(12))
+    assert data.meta["classes"] == [f"c{c}" for c in range(12)] and "10 c10, 11 c11" in capsys.readouterr().err
+
+
+def encoded(image, form, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def test_images_that_are_refused_by_a_reason(monkeypatch):
+    grey = np.full((8, 8), 100)
+    for dtype in (np.int32, np.float32):
+        with pytest.raises(prepare_data.BrokenImage, match="unknown range"):
+            prepare_data.decode(encoded(Image.fromarray(grey.astype(dtype)), "TIFF"), None, 3)
+    with pytest.raises(prepare_data.BrokenImage, match="too long for --size 256"):
+        prepare_data.decode(encoded(Image.new("L", (1, 10000)), "PNG"), 256, 3)
+    with pytest.raises(prepare_data.BrokenImage, match="20000 x 20000 pixels, more than MAX_PIXELS"):
+        prepare_data.decode(encoded(Image.new("1", (20000, 20000)), "PNG"), 256, 3)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_heeded_whatever_else_is_wrong(orientation):
+    """Against PIL's own turning, which fails at a resolution of -1/0."""
+    tags = b"".join(struct.pack("<HHII", *tag) for tag in ((0x112, 3, 1, orientation), (0x11A, 10, 1, 38)))
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tags + bytes(4) + struct.pack("<iI", -1, 0)
+    image = picture((8, 6))
+    whole = Image.Exif()
+    whole[0x112] = orientation
+    right = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded(image, "PNG", exif=whole))))
+    x = prepare_data.decode(encoded(image, "PNG", exif=exif), None, 3)
+    assert np.array_equal(x.transpose(1, 2, 0), np.asarray(right))
+
+
+def test_members_of_a_zip_that_cannot_be_read_are_broken_images(tmp_path, monkeypatch):
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("good", "locked", "strange", "bomb"):
+            archive.writestr(f"a/{name}.png", encoded(picture((8, 8)), "PNG") if name != "bomb" else bytes(10**6))
+    data = bytearray(path.read_bytes())
+    for name, flag, value in ((b"locked", 6, 1), (b"strange", 8, 99)):  # places in the member's header
+        data[data.index(b"a/" + name) - 30 + flag] = value
+        data[data.rindex(b"a/" + name) - 46 + flag + 2] = value  # and in the directory's
+    path.write_bytes(data)
+    monkeypatch.setattr(prepare_data, "MAX_BYTES", 10**5)
+    _, load = prepare_data.open_source(path)
+    assert load("a/good.png").size == (8, 8)
+    for name, reason in dict(locked="encrypted", strange="compression", bomb="MAX_BYTES").items():
+        with pytest.raises(prepare_data.BrokenImage, match=reason):
+            load(f"a/{name}.png")
+
+
+def write_idx(path, array):
+    data = struct.pack(f">{array.ndim + 1}I", 2048 + array.ndim, *array.shape) + array.tobytes()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_idx_files(tmp_path, ending):
+    rng = np.random.default_rng(0)
+    for prefix, n in (("train", 30), ("t10k", 7)):
+        images = rng.integers(0, 256, (n, 5, 5), dtype=np.uint8)
+        labels = np.arange(n, dtype=np.uint8) % 3
+        write_idx(tmp_path / f"{prefix}-images-idx3-ubyte{ending}", images)
+        write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte{ending}", labels)
+    prepare_data.prepare(tmp_path, tmp_path / "out")
+    data = prepare_data.Dataset(tmp_path / "out", "test")
+    assert np.array_equal(data.images[:, 0], images[np.argsort(labels, kind="stable")])
+    assert data.meta["classes"] == ["0", "1", "2"] and len(prepare_data.Dataset(tmp_path / "out")) == 30
+    file = tmp_path / f"train-labels-idx1-ubyte{ending}"
+    write_idx(file, np.zeros(29, np.uint8))
+    with pytest.raises(model.UsageError, match="30 images, but .*29 labels"):
+        prepare_data.open_source(tmp_path)
+    for damage in (b"", file.read_bytes()[:20]):
+        file.write_bytes(damage)
+        with pytest.raises(model.UsageError, match="train-labels-idx1.*not an idx file"):
+            prepare_data.open_source(tmp_path)
+
+
+def write_tar(path, files):
+    with tarfile.open(path, "w:gz") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(f"cifar/{name}")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("fine", [False, True])
+def test_cifar(tmp_path, fine):
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, 256, (6, 4, 3073 + fine), dtype=np.uint8)
+    rows[:, :, int(fine)] = rng.integers(0, 2, (6, 4))
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
+    files = {name: x.tobytes() for name, x in zip(names, rows)} | {"batches.meta.txt": b"frog\nship\n\n"}
+    if fine:
+        files = {"train.bin": rows[:5].tobytes(), "test.bin": rows[5].tobytes(),
+                 "fine_label_names.txt": b"frog\nship\n", "coarse_label_names.txt": b"x\n"}
+    write_tar(tmp_path / "c.tar.gz", files)
+    prepare_data.prepare(tmp_path / "c.tar.gz", tmp_path / "out")
+    data = prepare_data.Dataset(tmp_path / "out")
+    train = rows[:5].reshape(20, -1)
+    order = np.argsort(train[:, int(fine)], kind="stable")
+    assert np.array_equal(data.images.reshape(20, -1), train[order, 1 + fine:])
+    assert data.meta["classes"] == ["frog", "ship"] and data.labels.tolist() == sorted(train[:, int(fine)].tolist())
+    assert len(prepare_data.Dataset(tmp_path / "out", "test")) == 4
+    name = "test.bin" if fine else "test_batch.bin"
+    write_tar(tmp_path / "c.tar.gz", files | {name: files[name][:-1]})
+    with pytest.raises(model.UsageError, match="no binary archive of CIFAR"):
+        prepare_data.open_source(tmp_path / "c.tar.gz")
+
+
+def test_cifars_pickles_are_refused(tmp_path):
+    write_tar(tmp_path / "c.tar.gz", {"data_batch_1": b"pickle", "batches.meta": b"pickle"})
+    with pytest.raises(model.UsageError, match="take cifar-10-binary.tar.gz"):
+        prepare_data.open_source(tmp_path / "c.tar.gz")
+
+
+def test_cached_latents_become_ours_without_a_vae(tmp_path, capsys):
+    draws = np.random.default_rng(0).standard_normal((2, 10, 8, 8, 4)).astype(np.float32)
+    np.save(tmp_path / "train_moments.npy", draws[0])
+    np.save(tmp_path / "train_moments_flip.npy", draws[1])
+    np.save(tmp_path / "train_targets.npy", np.arange(10)[::-1] % 2)
+    prepare_data.main(["latents", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--vae", "nowhere"])
+    assert "noise is fixed" in capsys.readouterr().err
+    data = prepare_data.Dataset(tmp_path / "out")
+    right = torch.from_numpy(draws[:, 1]).permute(0, 3, 1, 2)  # the first of class 0
+    x = data.batch([0, 0], np.array([2, 3]), flip=True)
+    assert relative_error(x, right) < 1e-3 and data.shape == (4, 8, 8) and data.count.tolist() == [5, 5]
+    np.save(tmp_path / "train_moments.npy", draws[0] / 0.18215)
+    with pytest.raises(model.UsageError, match="are they multiplied by 0.18215"):
+        prepare_data.open_source(tmp_path)
 
 
 # --------------------------------------------------------------------------------------------

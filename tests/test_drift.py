@@ -9,8 +9,8 @@ import reference
 from conftest import FIXTURES, relative_error
 
 
-def case(i):
-    data = np.load(FIXTURES / "drift_loss.npz")
+def case(i, file="drift_loss.npz"):
+    data = np.load(FIXTURES / file)
     return {k.split("/")[1]: torch.from_numpy(data[k]) for k in data.files if k.startswith(f"case{i}/")}
 
 
@@ -40,6 +40,18 @@ def random_case(B=3, G=6, P=5, U=4, C=8, offset=0.0, dtype=torch.float32, seed=0
         return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
     gen, pos, neg = rand(B, G, C) + offset, rand(B, P, C) * 0.7 + 0.5 + offset, rand(B, U, C) + offset
     return gen, pos, neg, rand(B, U).abs() * 3
+
+
+@pytest.mark.parametrize("i", range(5))  # 3: no unconditionals; 4: samples that are real too
+def test_sinkhorn_loss_matches_the_release(i):
+    c = case(i, "sinkhorn_loss.npz")
+    options = {"temperature": c["temperature"].item(), "iterations": c["iterations"].item()}
+    loss, grad, info = loss_and_grad(drift.sinkhorn_loss, c["gen"], c["gen2"], c["pos"], c.get("uncond"),
+                                     c["cfg_scale"], **options)
+    assert relative_error(loss, c["loss"]) < 1e-5
+    assert relative_error(grad, c["grad_of_mean"]) < 1e-4
+    assert info["scale"].item() == pytest.approx(c["scale"].item(), rel=1e-5)
+    assert info[f"force_{options['temperature']}"].item() == pytest.approx(c["mean_square"].item(), rel=1e-4)
 
 
 def test_closed_form_gradient_is_autograds():
@@ -150,13 +162,15 @@ def test_no_graph_over_the_pairs():
     assert sum(shape.numel() for shape in saved) == gen.numel() + 1  # the force, and the unit
 
 
-def test_the_loss_compiles_without_graph_breaks(monkeypatch):
+@pytest.mark.parametrize("field", drift.FIELDS)
+def test_the_loss_compiles_without_graph_breaks(monkeypatch, field):
     monkeypatch.setitem(drift.CHUNK_BYTES, "cpu", 2000)  # some chunks
     g = torch.Generator().manual_seed(0)
     case = [{name: torch.randn(2, n, T, C, generator=g) for name, T, C in (("a", 4, 8), ("b", 4, 8), ("c", 1, 32))}
             for n in (6, 5, 4)]
     torch._dynamo.reset()
-    found = torch._dynamo.explain(drift.feature_drift_loss)(*case, torch.rand(2, 4, generator=g))
+    gen, pos, uncond = case
+    found = torch._dynamo.explain(drift.feature_loss)(field, gen, gen, pos, uncond, torch.rand(2, generator=g) + 1)
     assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
     torch._dynamo.reset()
 
@@ -172,8 +186,9 @@ def test_locations_are_entries_of_their_own():
     """Sum over features of the mean over labels and locations: a loop over locations gives the same."""
     g = torch.Generator().manual_seed(0)
     make = lambda n: {"a": torch.randn(2, n, 3, 5, generator=g), "b": torch.randn(2, n, 1, 4, generator=g)}  # noqa: E731
-    gen, pos, neg, weight = make(4), make(6), make(2), torch.rand(2, 2, generator=g)
-    total, losses, _ = drift.feature_drift_loss(gen, pos, neg, weight)
+    gen, pos, neg, alpha = make(4), make(6), make(2), torch.rand(2, generator=g) + 1
+    total, losses, _ = drift.feature_loss("drifting", gen, None, pos, neg, alpha)
+    weight = drift.unconditional_weight(alpha, 4, 2)
     assert total.item() == pytest.approx(sum(losses.values()).item())
     for name, f in gen.items():
         T = f.shape[2]

@@ -4,8 +4,11 @@ tests/fixtures/inception holds random weights, images, and what the reference to
 """
 import hashlib
 import importlib.util
+import io
 import json
+import os
 import shutil
+import zipfile
 
 import numpy as np
 import pytest
@@ -268,8 +271,12 @@ def test_reference_files(tmp_path, tool):
     (dict(mu=MU, sigma=np.array(["a"])), "ref_mu and ref_sigma .TypeError"),
     (dict(mu=MU, sigma=SIGMA[:4]), "no mean and covariance"),
     (dict(mu=MU, sigma=np.triu(np.ones((8, 8)))), "no mean and covariance"),
-    (dict(mu=MU * np.nan, sigma=SIGMA), "no mean and covariance"),
-    (dict(mu=MU, sigma=SIGMA * np.nan), "no mean and covariance")])
+    (dict(mu=MU * np.nan, sigma=SIGMA), "hold NaN or Inf"),
+    (dict(mu=MU, sigma=SIGMA * np.nan), "hold NaN or Inf"),
+    (dict(mu=MU, sigma=-SIGMA), "hold negative variances"),
+    (dict(mu=MU, sigma=SIGMA + 0j), "they are complex"),
+    (dict(mu=MU, sigma=SIGMA, real=np.eye(9)), "no finite features"),
+    (dict(mu=MU, sigma=SIGMA, real=np.full((8, 8), np.inf)), "no finite features")])
 def test_what_is_no_reference_is_refused(tmp_path, arrays, reason):
     np.savez(tmp_path / "x.npz", **arrays)
     with pytest.raises(UsageError, match=f"x.npz: .*{reason}"):
@@ -287,43 +294,100 @@ def test_a_reference_that_is_no_npz_is_refused(tmp_path):
 
 
 def test_images_from_everywhere(tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (7, 6, 9, 3), np.uint8)
-    folder = tmp_path / "folder" / "class"
-    folder.mkdir(parents=True)
-    for i, image in enumerate(images):
-        Image.fromarray(image).save(folder / f"{i}.png")
+    images = np.random.default_rng(0).integers(0, 256, (12, 6, 6, 3), np.uint8)
+    for folder in ("flat", "folder/class"):
+        (tmp_path / folder).mkdir(parents=True)
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(tmp_path / folder / f"{i}.png")
+    (tmp_path / "flat/samples.json").write_text("{}")
+    shutil.make_archive(tmp_path / "files", "zip", tmp_path / "folder")
     np.savez(tmp_path / "images.npz", arr_0=images)
     np.savez_compressed(tmp_path / "small.npz", arr_0=images)
-    prepare_data.prepare(tmp_path / "folder", tmp_path / "prepared")
-    for source in ("folder", "images.npz", "small.npz", "prepared", "prepared/train"):
+    for source in ("flat", "folder", "files.zip", "images.npz", "small.npz"):
         count, read = fid.open_images(tmp_path / source)
-        assert count == 7, source
-        for indices in ([0, 2, 6], [5, 1], range(2, 4)):
+        assert count == 12, source
+        for indices in ([0, 2, 11], [5, 1], range(2, 4)):  # 2.png before 11.png
             assert np.array_equal(read(indices).permute(0, 2, 3, 1), images[indices]), source
+    prepare_data.prepare(tmp_path / "folder", tmp_path / "prepared")
+    for source in ("prepared", "prepared/train"):
+        count, read = fid.open_images(tmp_path / source)
+        rows = read(range(count)).permute(0, 2, 3, 1).numpy()
+        assert sorted(map(bytes, rows)) == sorted(map(bytes, images))
 
-    Image.fromarray(images[0, :5]).save(folder / "8.png")
-    (folder / "9.png").write_bytes((folder / "0.png").read_bytes()[:60])
+    folder = tmp_path / "folder/class"
+    Image.fromarray(images[0, :5]).save(folder / "12.png")
+    (folder / "13.png").write_bytes((folder / "0.png").read_bytes()[:60])
     count, read = fid.open_images(tmp_path / "folder")
     with pytest.raises(UsageError, match="several sizes"):
-        read(range(8))
-    with pytest.raises(UsageError, match="9.png: .*Error"):
-        read([8])
-    np.savez(tmp_path / "float.npz", arr_0=images / 255)
+        read(range(13))
+    with pytest.raises(UsageError, match="class/13.png: .*Error"):
+        read([13])
     np.savez(tmp_path / "statistics.npz", mu=np.zeros(8))
     (tmp_path / "empty").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/log.jsonl").write_text("")
+    Image.fromarray(images[0]).save(tmp_path / "run/samples_00000100.png")
+    os.mkfifo(tmp_path / "pipe.npz")
     for source, reason in {
-            "float.npz": "float64", "statistics.npz": "KeyError", "empty": "no images",
-            "missing": "FileNotFoundError", "folder/class/0.png": "no prepared data set"}.items():
+            "statistics.npz": "KeyError", "empty": "no images", "missing.npz": "FileNotFoundError",
+            "missing": "missing", "folder/class/0.png": "neither a folder", "pipe.npz": "not a file",
+            "run": "give it as --ckpt"}.items():
         with pytest.raises(UsageError, match=reason):
             fid.open_images(tmp_path / source)
+
+
+@pytest.mark.parametrize("array", [
+    np.zeros((4, 3, 8, 8), np.uint8), np.zeros((4, 8, 8, 4), np.uint8), np.zeros((4, 8, 8, 3)),
+    np.zeros((8, 8, 3), np.uint8), np.zeros((0, 8, 8, 3), np.uint8),
+    np.asfortranarray(np.zeros((4, 8, 8, 3), np.uint8))])
+def test_an_array_that_is_no_images_is_refused(tmp_path, array):
+    np.savez(tmp_path / "x.npz", arr_0=array)
+    with pytest.raises(UsageError, match="x.npz: .* wanted uint8 .N, H, W, 1 or 3"):
+        fid.open_images(tmp_path / "x.npz")
+
+
+def test_sizes_are_checked_before_anything_is_read(tmp_path, monkeypatch):
+    """A header that promises 3 TB, images and statistics larger than what is taken; damage."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {
+        "shape": (10**6, 1000, 1000, 3), "fortran_order": False, "descr": "|u1"})
+    with zipfile.ZipFile(tmp_path / "huge.npz", "w") as archive:
+        archive.writestr("arr_0.npy", header.getvalue() + bytes(100))
+    with pytest.raises(UsageError, match="huge.npz: .*1000000, 1000, 1000, 3"):
+        fid.open_images(tmp_path / "huge.npz")
+    np.savez(tmp_path / "large.npz", arr_0=np.zeros((2, 50, 50, 3), np.uint8))
+    monkeypatch.setattr(fid, "MAX_PIXELS", 2000)
+    with pytest.raises(UsageError, match="50 x 50 pixels"):
+        fid.open_images(tmp_path / "large.npz")
+    monkeypatch.setattr(fid, "MAX_WIDTH", 4)
+    np.savez(tmp_path / "wide.npz", mu=MU, sigma=SIGMA)
+    with pytest.raises(UsageError, match="wide.npz: .*sigma.npy is 0.0 GB"):
+        read_reference(tmp_path / "wide.npz")
+    with pytest.raises(UsageError, match="too many for a covariance"):
+        fid.statistics(torch.zeros(10, 5))
+    np.savez(tmp_path / "x.npz", arr_0=IMAGES)
+    data = bytearray((tmp_path / "x.npz").read_bytes())
+    data[250] ^= 1  # a pixel
+    (tmp_path / "x.npz").write_bytes(data)
+    with pytest.raises(UsageError, match="x.npz: .*CRC"):
+        fid.open_images(tmp_path / "x.npz")
+
+
+def test_of_splits_train_is_taken(tmp_path, capsys):
+    for i, name in enumerate(("Training/b", "Training/a", "testing/a", "testing/b")):
+        (tmp_path / name).mkdir(parents=True)
+        Image.fromarray(np.full((4, 4, 3), i, np.uint8)).save(tmp_path / name / "0.png")
+    count, read = fid.open_images(tmp_path)
+    assert count == 2 and read([0, 1])[:, 0, 0, 0].tolist() == [1, 0]
+    assert "train is taken" in capsys.readouterr().err
 
 
 def test_a_loaders_bug_is_no_broken_image(tmp_path, monkeypatch):
     Image.fromarray(IMAGES[0]).save(tmp_path / "0.png")
 
-    def buggy(image, size, channels):
+    def buggy(image):
         raise NameError("name 'imag' is not defined")
-    monkeypatch.setattr(prepare_data, "to_array", buggy)
+    monkeypatch.setattr(fid, "to_array", buggy)
     with pytest.raises(NameError):
         fid.open_images(tmp_path)
 
@@ -618,6 +682,41 @@ def test_neighbours_figures_by_hand(run, monkeypatch, capsys):
     ratio = within(generated, asked) / within(real, train.labels)
     assert f"training images {distance / yardstick:.3f} of the held-out" in lines[2]
     assert f"within a class {ratio:.3f} of the training" in lines[2]
+
+
+def test_other_sizes_and_values_are_told(command, run, capsys):
+    """Features that can compare them: a warning; pixels: one line; and of a file that says it."""
+    rng = np.random.default_rng(0)
+    np.savez(run / "size.npz", arr_0=rng.integers(0, 256, (30, 16, 16, 1), np.uint8))
+    np.savez(run / "rgb.npz", arr_0=rng.integers(0, 256, (30, 8, 8, 3), np.uint8))
+    np.savez(run / "bits.npz", arr_0=rng.integers(0, 2, (30, 8, 8, 1), np.uint8))
+    command("ref --data one.npz --features encoder:enc --out size_ref.npz")
+    told = {}
+    for name in ("size", "bits", "other"):
+        for ref in ("--data one.npz", "--ref size_ref.npz"):
+            command(f"eval --images {name}.npz {ref} --features encoder:enc")
+            told[name, ref] = capsys.readouterr().err
+    for (name, _), text in told.items():
+        assert ("these are [16, 16]" in text) == (name == "size")
+        assert ("values are 0 and 1" in text) == (name == "bits")
+    for name in ("size", "rgb"):
+        with pytest.raises(UsageError, match="one.npz: of .8, 8. images.*cannot compare"):
+            command(f"eval --images {name}.npz --data one.npz --features pixels")
+    with pytest.raises(UsageError, match="reads 1 channels.* images are 3 x"):
+        command("eval --images rgb.npz --data one.npz --features encoder:enc")
+
+
+def test_json_lines_are_json():
+    row = fid.json_line({"fd": float("nan"), "is": float("-inf"), "n": 3, "ref": "x"})
+    assert json.loads(row, parse_constant=pytest.fail) == {"fd": None, "is": None, "n": 3,
+                                                           "ref": "x"}
+
+
+def test_out_is_checked_before_the_work(command, run):
+    (run / "folder.npz").mkdir()
+    for out in ("folder.npz", "one.npz/x.npz", "."):
+        with pytest.raises(UsageError, match="is a folder|cannot be written"):
+            command(f"ref --data digits --features encoder:missing --out {out}")
 
 
 @pytest.mark.parametrize("line, reason", [

@@ -137,7 +137,14 @@ def test_every_published_name_has_its_place(hub):
     places = {name: f"models/{kind}/jax/{name}" for kind in names for name in names[kind]}
     hub.add("Goodeat/drifting", {f"{place}/{file}": name.encode()
                                  for name, place in places.items() for file in FLAX})
-    assert model.PUBLISHED.keys() == places.keys()
+    wflow = {"ablation": "latent_ablation_ot/state_00030000.pt",
+             "B": "latent_sota_B_ot/state_00200000.pt", "L": "latent_sota_L_ot/state_00200000.pt",
+             "XL": "latent_sota_XL_ot/state_00180000.pt"}
+    assert model.PUBLISHED.keys() == places.keys() | {f"wflow_{name}" for name in wflow}
+    hub.add("jiaqihan99/W-Flow", {f"checkpoints/{file}": b"" for file in wflow.values()})
+    for name, file in wflow.items():
+        found = model.find_files(f"hf://wflow_{name}", model.MODEL_FILES)
+        assert str(found[0]).endswith(f"W-Flow/snapshots/{found[0].parts[-4]}/checkpoints/{file}")
     for name, place in places.items():
         description, weights = model.find_files(f"hf://{name}", model.MODEL_FILES)
         assert str(weights.parent).endswith(place) and description.read_text() == name

@@ -118,9 +118,8 @@ def test_a_pixel_encoder_drives_a_generator_of_latents(latents, vae_folder):
     x = stage.net(batch["noise"].flatten(0, 1), batch["labels"].repeat_interleave(3),
                   batch["alpha"].repeat_interleave(3), batch["styles"].flatten(0, 1))
     pos, uncond = batch["reals"].split([4, 2], 1)
-    weight = drift.unconditional_weight(batch["alpha"], 3, 2)
-    loss = drift.feature_drift_loss(features(x), features(pos.flatten(0, 1)),
-                                    features(uncond.flatten(0, 1)), weight)[0]
+    loss = drift.feature_loss("drifting", features(x), None, features(pos.flatten(0, 1)),
+                              features(uncond.flatten(0, 1)), batch["alpha"])[0]
     loss.backward()
     assert relative_error(ours, stage.net.final_linear.weight.grad) < 1e-3
 

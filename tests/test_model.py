@@ -99,8 +99,7 @@ def whole_step(mae_artifact, dtype):
     with torch.no_grad():
         pos, neg = [features(nchw(io[key]).flatten(0, 1).to(dtype))
                     for key in ("pos_bhwc", "uncond_bhwc")]
-    weight = drift.unconditional_weight(alpha, G, io["uncond_bhwc"].shape[1])
-    total, losses, _ = drift.feature_drift_loss(features(samples), pos, neg, weight)
+    total, losses, _ = drift.feature_loss("drifting", features(samples), None, pos, neg, alpha)
     total.backward()
     return io, losses, {name: p.grad for name, p in generator.named_parameters()}
 
@@ -152,7 +151,7 @@ def test_encoders_in_bfloat16_give_the_same_features():
             assert feature.dtype == (torch.bfloat16 if name in maps else torch.float32), name
 
 
-@pytest.mark.parametrize("size, millions", [("B", 133), ("L", 463)])
+@pytest.mark.parametrize("size, millions", [("B", 133), ("L", 463), ("XL", 679)])
 def test_parameter_counts(size, millions):
     with torch.device("meta"):
         net = model.Generator(**model.GENERATOR_SIZES[size])
@@ -591,6 +590,75 @@ def test_damaged_or_foreign_files_give_one_line(tmp_path, mae_artifact):
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(model.UsageError, match="model.safetensors: damaged"):
         model.load_generator(tmp_path / "own")
+
+
+WFLOW = FIXTURES / "wflow_gen_tiny/state_00200000.pt"
+
+
+def test_wflow_matches_its_release(tmp_path):
+    """By the file, its folder, and saved again as ours; `model` and `optimizer` are not read."""
+    io = np.load(WFLOW.parent / "io.npz")
+    noise, expected = nchw(io["noise_bhwc"]), nchw(io["samples_bhwc"])
+    inputs = [torch.from_numpy(io[key]) for key in ("class_labels", "cfg_scale", "style_indices")]
+    net = model.load_generator(WFLOW)
+    net.save_pretrained(tmp_path)
+    for path in (WFLOW, WFLOW.parent, tmp_path):
+        with torch.no_grad():
+            assert relative_error(model.load_generator(path)(noise, *inputs), expected) < 1e-5
+
+
+def test_wflow_files_that_are_something_else_are_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "state_00000001.pt"
+    saved = torch.load(WFLOW, weights_only=True)
+    weights = saved["ema_model"]
+    fewer = {name: x for name, x in weights.items() if not name.startswith("model.blocks.1")}
+    other = {name: x for name, x in weights.items() if "q_norm" not in name}
+    for content, message in [
+            ({"ema_model": weights, "code": Code()}, "damaged, or no weights"),
+            ({"model": weights}, "damaged, or no weights"),
+            ({"ema_model": other}, "no generator of W-Flow"),
+            ({"ema_model": {**fewer, "model.blocks.1.norm1.weight": weights["cfg_norm.weight"]}},
+             "not the weights of its config")]:
+        torch.save(content, file)
+        with pytest.raises(model.UsageError, match=message):
+            model.load_generator(tmp_path)
+    file.write_bytes(WFLOW.read_bytes()[:-1000])
+    with pytest.raises(model.UsageError, match="damaged, or no weights"):
+        model.load_generator(tmp_path)
+    assert not os.path.exists("it_has_been_run")
+
+
+@pytest.mark.parametrize("name, value", [
+    ("depth", 10**9), ("input_size", 4096), ("patch_size", 0), ("hidden_size", "48"),
+    ("mlp_ratio", float("nan")), ("num_heads", [4]), ("cond_dim", -1), ("n_cls_tokens", None)])
+def test_sizes_are_not_believed_before_the_tensors(tmp_path, name, value):
+    folder = changed(tmp_path, TINY)
+    file = folder / "metadata.json"
+    metadata = json.loads(file.read_text())
+    metadata["model_config"][name] = value
+    file.write_text(json.dumps(metadata))
+    with pytest.raises(model.UsageError, match=f"metadata.json: {name} .* is no size of these"):
+        model.load_generator(folder)
+
+
+def test_a_checkpoint_is_compared_with_its_sums(tmp_path):
+    """A number that changed on the disk is still a number: only the sum tells."""
+    net = model.load_generator(TINY)
+    net.origin = {"classes": ["cat", "dog"], "vae": "0"}
+    for folder in (tmp_path / "step_00000001", tmp_path / "step_00000001/ema_0.9"):
+        net.save_pretrained(folder)
+    model.write_sums(tmp_path / "step_00000001")
+    again = model.load_generator(tmp_path)
+    assert again.origin == net.origin and same_weights(again, net)
+    assert model.digest(again) == model.digest(net) != model.digest(model.load_generator(WFLOW))
+    for folder in (tmp_path / "step_00000001/ema_0.9", tmp_path / "step_00000001"):
+        file = folder / "model.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-5] ^= 1
+        file.write_bytes(content)
+        with pytest.raises(model.UsageError, match="model.safetensors: damaged, it is not what"):
+            model.load_generator(folder)
 
 
 # --------------------------------------------------------------------------------------------

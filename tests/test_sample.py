@@ -101,7 +101,7 @@ def test_grids_folders_and_files(generator, folder, tmp_path):
     assert array.shape == (5, 8, 8, 1) and array.dtype == np.uint8
     run("--ckpt", folder, "--out", tmp_path / "one", "--num_images", 5, "--batch_size", 2)
     files = [f"00000{i}_{i}.png" for i in range(5)]
-    assert sorted(os.listdir(tmp_path / "one")) == files
+    assert sorted(os.listdir(tmp_path / "one")) == [*files, "samples.json"]
     for i, name in enumerate(files):
         assert np.array_equal(np.asarray(Image.open(tmp_path / "one" / name)), array[i, :, :, 0])
     assert sorted(os.listdir(tmp_path)) == ["g.png", "one", "x.npz"]  # no scratch is left
@@ -137,10 +137,23 @@ def test_many_images_are_of_all_classes_and_folders_are_not_mixed(tmp_path):
     for _ in range(2):  # the second run is the same
         run(*command, 40)
         files = [f"{i:06d}_{i % 20}.png" for i in range(40)]
-        assert sorted(os.listdir(tmp_path / "folder")) == files
-    for options in ([39], [40, "--classes", 3]):
-        with pytest.raises(UsageError, match="holds images of another run"):
+        assert sorted(os.listdir(tmp_path / "folder")) == [*files, "samples.json"]
+    run(*command, 41)  # more of them
+    torch.nn.init.normal_(net.final_linear.weight)
+    net.save_pretrained(tmp_path / "other")
+    for options, what in {
+            (39,): "also 000039_19.png", (40, "--classes", 3): "other classes",
+            (41, "--seed", 1): "other seed", (41, "--cfg_scale", 2): "other cfg_scale",
+            (41, "--ckpt", tmp_path / "other"): "other weights"}.items():
+        with pytest.raises(UsageError, match=f"holds images of another run .{what}"):
             run(*command, *options)
+    (tmp_path / "folder/samples.json").unlink()
+    with pytest.raises(UsageError, match="holds 000000_0.png and no samples.json"):
+        run(*command, 41)
+    for text in ("[", "[]", "{}", "3"):
+        (tmp_path / "folder/samples.json").write_text(text)
+        with pytest.raises(UsageError, match="no samples.json"):
+            run(*command, 41)
 
 
 def test_labelled_rows_of_alphas_and_styles(vae_folder, tmp_path):
@@ -191,7 +204,7 @@ def test_the_same_at_any_batch_size_and_on_two_processes(folder, vae_folder, tmp
     said = [process.communicate(timeout=100)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     files = sorted(os.listdir(tmp_path / "one"))
-    assert sorted(os.listdir(tmp_path / "two")) == files and len(files) == 5
+    assert sorted(os.listdir(tmp_path / "two")) == files and len(files) == 6
     for name in files:
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
     one = np.load(tmp_path / "one.npz")["arr_0"]
@@ -233,7 +246,7 @@ def test_a_mistake_is_one_line_and_pixels_need_no_diffusers(folder, tmp_path):
 
 @pytest.mark.parametrize("words", [
     ["--out", "x.jpg"], ["--seed", "-1"], ["--cfg_scale", "nan"], ["--num_images", "0"],
-    ["--cfg_scale", "1", "2", "--out", "folder"], ["--style", "other"], ["--seeds", "1"]])
+    ["--temperature", "-1"], ["--cfg_scale", "1", "2", "--out", "folder"], ["--style", "other"], ["--seeds", "1"]])
 def test_options_that_make_no_sense(words, capsys):
     with pytest.raises(SystemExit):
         sample.parse(["--ckpt", "g", *words])
@@ -245,3 +258,65 @@ def test_classes_and_models_that_are_not_there(folder, mae_artifact, tmp_path):
         run("--ckpt", folder, "--classes", 10, "--out", tmp_path / "x.png")
     with pytest.raises(UsageError, match="generator"):
         run("--ckpt", mae_artifact, "--out", tmp_path / "x.png")
+    with pytest.raises(UsageError, match="--classes dog: this generator knows 0 to 9 and has no"):
+        run("--ckpt", folder, "--classes", "dog", "--out", tmp_path / "x.png")
+
+
+def test_out_is_checked_before_the_work(tmp_path):
+    """The checkpoint is not there: what is said first was looked at first."""
+    (tmp_path / "x.npz").mkdir()
+    (tmp_path / "file").write_text("")
+    for out, reason in {"x.npz": "is a folder", "file": "cannot be written",
+                        "file/x.png": "cannot be written"}.items():
+        with pytest.raises(UsageError, match=f"{out}.* {reason}"):
+            run("--ckpt", tmp_path / "nowhere", "--out", tmp_path / out)
+
+
+def test_a_folder_of_other_things_is_no_folder_of_samples(folder, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="holds notes.txt and no samples.json"):
+        run("--ckpt", folder, "--num_images", 1, "--out", tmp_path)
+
+
+@pytest.fixture
+def named(folder, tmp_path):
+    """The generator of digits as one of animals, which has seen a class called 3."""
+    net = model.load_generator(folder)
+    net.origin = {"classes": ["cat", "dog", "3", "ant", "bee", "cow", "eel", "fox", "gnu", "hen"],
+                  "vae": "0" * 64}
+    net.save_pretrained(tmp_path / "named")
+    return tmp_path / "named"
+
+
+def test_classes_have_names(named, generator, tmp_path, capsys):
+    run("--ckpt", named, "--classes", "dog", 3, 9, "--num_images", 3, "--out", tmp_path / "x.png")
+    assert "classes: 1 dog, 2 3, 9 hen" in capsys.readouterr().out  # a name before a number
+    grid = np.asarray(Image.open(tmp_path / "x.png"))
+    assert grid.shape == (20 + 64, 3 * 66 - 2, 3)
+    tile = sample.to_uint8(sample.generate(generator, [9], [2]))[0]
+    tile = Image.fromarray(tile[0].numpy()).resize((64, 64), Image.Resampling.BICUBIC)
+    assert np.array_equal(grid[20:, 2 * 66:, 0], np.asarray(tile))
+    for column in range(3):
+        assert (grid[:18, column * 66:][:, :64] < 128).any()
+    with pytest.raises(UsageError, match="--classes lynx: .*by name cat, dog, 3, ant"):
+        run("--ckpt", named, "--classes", "lynx", "--out", tmp_path / "x.png")
+
+
+def test_another_vae_than_that_of_training_is_refused(vae_folder, tmp_path):
+    net = model.load_generator(TINY)
+    command = ["--ckpt", tmp_path / "g", "--vae", vae_folder, "--num_images", 1, "--out",
+               tmp_path / "x.png"]
+    net.origin = {"vae": sample.file_hash(vae_folder / model.VAE_FILES[1])}
+    net.save_pretrained(tmp_path / "g")
+    run(*command)
+    net.origin = {"vae": "0" * 64}
+    net.save_pretrained(tmp_path / "g")
+    with pytest.raises(UsageError, match="latents of another VAE, of sha256 000000000000"):
+        run(*command)
+
+
+def test_an_alpha_that_training_never_saw_is_warned_of(folder, tmp_path, capsys):
+    run("--ckpt", folder, "--num_images", 1, "--cfg_scale", 1, 4, "--out", tmp_path / "x.png")
+    assert "warning" not in capsys.readouterr().err
+    run("--ckpt", folder, "--num_images", 1, "--cfg_scale", 4.25, "--out", tmp_path / "x.png")
+    assert "not --cfg_scale 4.25" in capsys.readouterr().err
