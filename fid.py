@@ -32,12 +32,12 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from model import (MAE, UsageError, barrier, get_rank, load_encoder, number, on_all_ranks,
-                   one_line, run_script, whole_file, world_size)
+from model import (MAE, UsageError, barrier, digest, get_rank, load_encoder, number, on_all_ranks,
+                   one_line, run_script, sha256, whole_file, world_size)
 from prepare_data import (MAX_PIXELS, BrokenImage, CachedLatents, Dataset, natural, note,
                           open_source, to_array)
-from sample import (HelpFormat, add_sampling_options, check_out, file_hash, generate, load_networks,
-                    save_grid, to_uint8, weights_hash)
+from sample import (HelpFormat, add_sampling_options, check_out, generate, load_networks, save_grid,
+                    to_uint8)
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")
@@ -323,7 +323,7 @@ def load_extractor(features="inception", resize="tf1", inception=None, device="c
         fc = None
     else:
         raise UsageError(f"--features is inception, pixels or encoder:CKPT, not {features}")
-    return Extractor(extract, f"{kind}-{weights_hash(net):.12}", resize, fc)
+    return Extractor(extract, f"{kind}-{digest(net):.12}", resize, fc)
 
 
 # TF32, which cuDNN's convolutions take by default on a GPU, moves features by 5e-4.
@@ -495,7 +495,7 @@ def read_statistics(path, extractor):
         elif "mu_s" in file:
             made_with["resize"] = "tf1"
         made_with |= {key: str(file[key]) for key in made_with if key in file}
-        digest = file_hash(path)
+        ref_sha256 = sha256(path)
     for key, value in made_with.items():
         mine = getattr(extractor, key)
         if not mine.startswith(value):
@@ -519,7 +519,7 @@ def read_statistics(path, extractor):
     if problem:
         raise UsageError(f"{path}: mu {list(mu.shape)} and sigma {list(sigma.shape)} {problem}")
     reference = {"mu": mu, "sigma": sigma, "real": real, "size": size, "ref": Path(path).name,
-                 "ref_sha256": digest}
+                 "ref_sha256": ref_sha256}
     return reference, path if "arr_0" in file else None
 
 

@@ -48,7 +48,8 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from model import (LATENT_SCALE, SD_VAE, UsageError, barrier, gather, get_rank, load_vae, number,
-                   on_all_ranks, one_line, positive_int, run_script, whole_file, world_size)
+                   on_all_ranks, one_line, positive_int, run_script, sha256, whole_file,
+                   world_size)
 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "val": "val",
           "valid": "val", "validation": "val", "eval": "val"}
@@ -685,10 +686,9 @@ class Latents:
         self.crops = crops
         self.seed = seed
         self.device = device
-        with open(self.vae.weights_file, "rb") as f:
-            weights = hashlib.file_digest(f, "sha256").hexdigest()
         self.meta = {"kind": "latents", "views": "crops" if crops else "plain, mirrored",
-                     "size": size, "seed": seed, "scale": LATENT_SCALE, "vae": weights}
+                     "size": size, "seed": seed, "scale": LATENT_SCALE,
+                     "vae": sha256(self.vae.weights_file)}
 
     def views(self, image, i):
         """PIL image number i -> uint8 [1 or crops, 3, size, size]."""

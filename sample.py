@@ -10,7 +10,6 @@ Several --cfg_scale or --style give a labelled row of the grid each. Image i is 
 classes[i % len(classes)] and depends on (seed, i) alone, not on other images or processes.
 """
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -22,8 +21,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from model import (SD_VAE, UsageError, barrier, gather, get_rank, load_generator, load_vae, number,
-                   on_all_ranks, one_line, positive_int, run_script, whole_file, world_size)
+from model import (SD_VAE, UsageError, barrier, digest, gather, get_rank, load_generator, load_vae,
+                   number, on_all_ranks, one_line, positive_int, run_script, sha256, whole_file,
+                   world_size)
 from prepare_data import note
 
 
@@ -234,28 +234,17 @@ def load_networks(args):
     vae = None
     if generator.out_channels not in (1, 3):
         vae = load_vae(args.vae, args.device, args.vae_chunk)
-        digest = file_hash(vae.weights_file)
-        if getattr(generator, "origin", {}).get("vae", digest) != digest:
+        given = sha256(vae.weights_file)
+        wanted = str(generator.origin.get("vae", given))
+        if wanted != given:
             raise UsageError(f"--vae {args.vae}: {args.ckpt} makes latents of another VAE, of "
-                             f"sha256 {generator.origin['vae']:.12}, not {digest:.12}")
+                             f"sha256 {wanted:.12}, not {given:.12}")
     return generator, vae
-
-
-def weights_hash(net):
-    digest = hashlib.sha256()
-    for tensor in net.state_dict().values():
-        digest.update(tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def file_hash(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def class_names(generator):
     """Of the data that it was trained on; of the authors' artifacts and older checkpoints []."""
-    names = getattr(generator, "origin", {}).get("classes", [])
+    names = generator.origin.get("classes", [])
     return names if len(names) == generator.num_classes else []
 
 
@@ -326,15 +315,16 @@ def main(argv=None):
         heads = [names[classes[i % len(classes)]] for i in range(columns)] if names else None
         write_file(out, images, len(rows) * n, columns, titles, heads)
     else:
-        origin = {"weights": weights_hash(generator),
-                  "vae": None if vae is None else file_hash(vae.weights_file), "seed": args.seed, "cfg_scale": args.cfg_scale, "temperature": args.temperature,
-                  "style": args.style, "classes": classes}
+        origin = {name: getattr(args, name) for name in ("seed", "cfg_scale", "temperature", "style")}
+        origin |= {"classes": classes, "weights": digest(generator), "vae": None}
+        if vae is not None:
+            origin["vae"] = sha256(vae.weights_file)
         files = [f"{i:06d}_{classes[i % len(classes)]}.png" for i in range(n)]
         write_folder(out, images, files, origin)
         barrier()
     if get_rank() == 0:
         print(f"{out}: {len(rows) * n} images")
-        if names:
+        if names and len(classes) <= 100:
             print("classes:", ", ".join(f"{c} {names[c]}" for c in classes))
 
 

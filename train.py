@@ -341,7 +341,7 @@ class EncoderStage:
     def preview(self, ema):
         """Rows of images, of what the encoder sees of them, and of what it guesses.
 
-        Returns uint8 images, and their number in a row.
+        Returns uint8 images, their number in a row, and no text for columns.
         """
         x, labels, mask = self.batch(0, most=10).values()
         p = ema.input_patch_size
@@ -349,7 +349,7 @@ class EncoderStage:
         hidden = F.interpolate(mask[:, None], x.shape[2:])
         rows = torch.cat([x, x * (1 - hidden), x * (1 - hidden) + guess * hidden])
         rows = self.vae.decode(rows) if self.vae else rows[:, :3]
-        return sample.to_uint8(rows.cpu()), len(x)
+        return sample.to_uint8(rows.cpu()), len(x), None
 
 
 class GeneratorStage:
@@ -559,11 +559,14 @@ class GeneratorStage:
         return *figures(losses_of_parts, infos), finite
 
     def preview(self, ema):
-        """A column for each of ten classes, always of the same noise: uint8 images, columns."""
+        """A column for each of ten classes, always of the same noise.
+
+        Returns uint8 images, the number of columns and their classes' names.
+        """
         columns = min(10, ema.num_classes)
         index = np.arange(8 * columns)
         images = sample.generate(ema, index % columns, index, vae=self.vae)
-        return sample.to_uint8(images), columns
+        return sample.to_uint8(images), columns, self.data.meta["classes"][:columns]
 
 
 STAGES = {"encoder": EncoderStage, "generator": GeneratorStage}
@@ -816,8 +819,8 @@ def train(args):
             logged, logged_at = done, now
         if get_rank() == 0 and (done % args.sample_every == 0 or done in (1, args.steps)):
             with torch.no_grad():
-                images, columns = run.stage.preview(run.emas[0])
-            sample.save_grid(images, columns, out / f"samples_{done:08d}.png")
+                images, columns, names = run.stage.preview(run.emas[0])
+            sample.save_grid(images, columns, out / f"samples_{done:08d}.png", names=names)
         # Before the checkpoint: where an evaluation is interrupted, the same command goes on from
         # the checkpoint before and makes it. The first is of few images, to fail at once if at all.
         if eval_every and (done % eval_every == 0 or done == 1):

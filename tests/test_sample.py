@@ -306,7 +306,7 @@ def test_another_vae_than_that_of_training_is_refused(vae_folder, tmp_path):
     net = model.load_generator(TINY)
     command = ["--ckpt", tmp_path / "g", "--vae", vae_folder, "--num_images", 1, "--out",
                tmp_path / "x.png"]
-    net.origin = {"vae": sample.file_hash(vae_folder / model.VAE_FILES[1])}
+    net.origin = {"vae": model.sha256(vae_folder / model.VAE_FILES[1])}
     net.save_pretrained(tmp_path / "g")
     run(*command)
     net.origin = {"vae": "0" * 64}
