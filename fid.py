@@ -746,7 +746,7 @@ def parse(argv=None):
     add_sampling_options(parser, required=False)
     add("--images", help="images to score, in place of --ckpt: as --data")
     add("--ref", help="statistics: the .npz of `fid.py ref`, ADM, MeanFlow, JiT or pytorch-fid")
-    add("--data", help="real images: prepared data set, or but for neighbours a folder, a .zip or an "
+    add("--data", help="real images: prepared data set, or but for neighbours a folder, .zip or "
         ".npz with arr_0; beside --ref for precision and recall alone")
     add("--num_images", type=number(int, least=10), help="images to score (None: 50000, "
         "or all of --images, or 1000 for neighbours); figures of fewer are worse")

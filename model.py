@@ -738,7 +738,7 @@ def from_wflow(tensors):
 
 
 def wflow_config(file, state):
-    """The constructor's arguments, which W-Flow's files leave to the shapes. Latents have 4 axes."""
+    """The constructor's arguments, by the shapes of W-Flow's tensors. Latents have 4 channels."""
     try:
         styles, noise_classes, cond_dim = state["style_embed"].shape
         _, tokens, width = state["pos_embed"].shape

@@ -315,7 +315,8 @@ def main(argv=None):
         heads = [names[classes[i % len(classes)]] for i in range(columns)] if names else None
         write_file(out, images, len(rows) * n, columns, titles, heads)
     else:
-        origin = {name: getattr(args, name) for name in ("seed", "cfg_scale", "temperature", "style")}
+        settings = ("seed", "cfg_scale", "temperature", "style")
+        origin = {name: getattr(args, name) for name in settings}
         origin |= {"classes": classes, "weights": digest(generator), "vae": None}
         if vae is not None:
             origin["vae"] = sha256(vae.weights_file)

@@ -845,7 +845,7 @@ def train(args):
 
 
 def look_at(args, step, by_feature, status):
-    """Explain a step that was skipped. Returns: skipped steps in a row, was a process asked to stop.
+    """Explain a step that was skipped. Returns skipped steps in a row, and whether to stop.
 
     After ten skipped steps in a row the run ends.
     """

@@ -1059,7 +1059,7 @@ def ended(children, seconds=60):
     return [codes[child] for child in children], time.time() - began
 
 
-def wait_for(pattern, seconds=30):
+def wait_for(pattern, seconds=90):
     """Until a file of this pattern exists."""
     began = time.time()
     while not glob.glob(pattern):
