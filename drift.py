@@ -20,8 +20,7 @@ A batch entry b is one label at one location of one feature map: samples are com
 of the same label at the same location, and with no others. `drift_loss` is the paper's field,
 `sinkhorn_loss` that of W-Flow (arXiv 2605.11755); what a field does not decide is `chase`.
 
-Run this file for the paper's 2-D experiment (5.1): `python drift.py`, or one target and the other
-field: `python drift.py swiss_roll --field sinkhorn`.
+The 2-D experiments (5.1): `python drift.py`, or `python drift.py swiss_roll --field sinkhorn`.
 """
 import argparse
 import functools
@@ -52,7 +51,6 @@ def drift_loss(gen, pos, neg=None, weight_neg=None, temperatures=TEMPERATURES, k
     attraction, repulsion: multipliers of V+ and V- (Table 1). Unequal ones break the
     anti-symmetry, and training: FID 8.46 becomes 41 at attraction 1.5.
     reduce, and what is returned: see `chase`.
-    Raises ValueError for shapes that do not fit together.
     """
     B, G, C = gen.shape
     P = pos.shape[1]
@@ -60,9 +58,6 @@ def drift_loss(gen, pos, neg=None, weight_neg=None, temperatures=TEMPERATURES, k
         neg = gen[:, :0]
         weight_neg = gen.new_ones(B, 0)
     U = neg.shape[1]
-    check_shapes(gen, pos=(pos, P), neg=(neg, U))
-    if weight_neg.shape != (B, U):
-        raise ValueError(f"weight_neg is {list(weight_neg.shape)}: must be {[B, U]}")
     w = torch.cat([gen.new_ones(B, G), weight_neg, gen.new_ones(B, P)], 1)     # B N
     # Filling, unlike copying numbers from the host, does not make a GPU wait.
     taus = torch.stack([w.new_full((1, 1), tau) for tau in temperatures])      # taus 1 1
@@ -71,8 +66,8 @@ def drift_loss(gen, pos, neg=None, weight_neg=None, temperatures=TEMPERATURES, k
         d = dist.div_(scale.clamp_min(1e-3))                                   # b G N
         d[:, :, :G].diagonal(dim1=1, dim2=2).add_(100)  # a sample does not repel itself
         A = affinity(d[:, None], taus, kernel)                                 # b taus G N
-        A.mul_(w[b, None, None])  # inside the softmaxes a weight would act as its root
         A_neg, A_pos = A.split([G + U, P], 3)                                  # views of A
+        A_neg[..., G:].mul_(weight_neg[b, None, None])  # in the softmaxes it would act as its root
         sum_neg = A_neg.sum(3, keepdim=True)
         sum_pos = A_pos.sum(3, keepdim=True)
         A_pos.mul_(attraction * sum_neg)
@@ -84,21 +79,20 @@ def drift_loss(gen, pos, neg=None, weight_neg=None, temperatures=TEMPERATURES, k
 
 def sinkhorn_loss(gen, gen2, pos, uncond=None, cfg_scale=None, temperature=0.05, iterations=10,
                   repelled_by="independent", reduce=None):
-    """The loss of the Sinkhorn divergence's gradient flow (W-Flow, arXiv 2605.11755).
+    """The loss of the Sinkhorn divergence's gradient flow (W-Flow, arXiv 2605.11755, section 4).
 
     gen, gen2 [B, G, C], pos [B, P, C], uncond [B, U, C], cfg_scale alpha [B]. gen2 is a second,
     independent batch of generated samples of the same labels and alphas. With T(Y)_i the mean of
     Y that the entropic optimal transport plan between gen and Y assigns to sample i,
         V = T(pos) - T(gen2) + (alpha - 1) (T(pos) - T(uncond))
     temperature: entropic regularisation R, in units of the mean squared distance.
-    repelled_by: gen2 is left out by "own" (T of gen without the sample itself) and by "none"
-    (V = T(pos) - x, no repulsion), which show what it is good for.
+    repelled_by: gen2 is replaced by gen without the sample itself ("own"), or by the sample alone
+    ("none": V = T(pos) - x), to show what it is good for.
+    reduce, and what is returned: see `chase`.
 
     W-Flow's release normalises in each process and micro-batch (two labels), and averages over
     features. Here sums are those of the whole batch and losses add up: a step does not depend on
-    how it is split, and --clip sees a larger gradient. Equations: section 4, and the release.
-    reduce, and what is returned: see `chase`.
-    Raises ValueError for shapes that do not fit together.
+    how it is split, and --clip sees a larger gradient.
     """
     B, G, C = gen.shape
     P = pos.shape[1]
@@ -107,25 +101,23 @@ def sinkhorn_loss(gen, gen2, pos, uncond=None, cfg_scale=None, temperature=0.05,
     if uncond is None:
         uncond = gen[:, :0]
         cfg_scale = gen.new_ones(B)
-    G2, U = gen2.shape[1], uncond.shape[1]
-    check_shapes(gen, gen2=(gen2, G2), pos=(pos, P), uncond=(uncond, U))
+    G2 = gen2.shape[1]
+    U = uncond.shape[1]
     # The scale is that of all targets but the unconditional ones.
     w = torch.cat([gen.new_ones(B, G + G2), gen.new_zeros(B, U), gen.new_ones(B, P)], 1)
     alpha = cfg_scale[:, None, None]
 
     def pull(dist, b, scale, unit):
-        cost = dist.square_().div_(2 * temperature * C * unit**2)              # b G N
+        cost = dist.div_(2 * temperature * C * unit**2)                        # b G N
         own, second, of_uncond, of_pos = cost.split([G, G2, U, P], 2)
+        parts = [(second, -1), (of_uncond, 1 - alpha[b]), (of_pos, alpha[b])]
         if repelled_by == "own":
             own.diagonal(dim1=1, dim2=2).add_(1e4)
-            own.copy_(transport(own, iterations)).neg_()
+            parts.append((own, -1))
         else:
             own.zero_()
-        if G2:
-            second.copy_(transport(second, iterations)).neg_()
-        if U:
-            of_uncond.copy_(transport(of_uncond, iterations)).mul_(1 - alpha[b])
-        of_pos.copy_(transport(of_pos, iterations)).mul_(alpha[b])
+        for part, factor in parts:
+            part.copy_(transport(part, iterations).mul_(factor))
         return cost[:, None]
 
     return chase(gen, [gen2, uncond, pos], w, pull, [temperature], 2, reduce)
@@ -134,10 +126,11 @@ def sinkhorn_loss(gen, gen2, pos, uncond=None, cfg_scale=None, temperature=0.05,
 def chase(gen, others, w, pull, temperatures, power, reduce=None):
     """The loss |x - stopgrad(x + V)|^2 of any field V_i = sum_j A_ij (y_j - x_i), in float32.
 
-    gen [B, G, C]; others: further targets, each [B, n, C]; w [B, N]: what targets count in the
-    scale, which is the mean of distance^power, to the power 1/power.
+    gen [B, G, C]; others: further targets, each [B, n, C]; power: 1 or 2, of distances in `dist`
+    and in their mean, whose root is the scale; w [B, N]: what targets count in that mean.
     pull(dist [b, G, N], b, scale, unit) -> A [b, temperatures, G, N] for a slice b of the entries.
-    It may overwrite dist.
+    It may overwrite dist. Coordinates are divided by unit, so that they have order 1.
+    temperatures: names of the fields that A holds, whose sum is V once each has unit mean square.
     reduce: for a batch that lies in several processes or micro-batches. reduce(name, sums) gets
     sums over this part as a float64 vector, and returns those over the whole batch; it is called
     twice, with the names "distance" and "force".
@@ -146,9 +139,9 @@ def chase(gen, others, w, pull, temperatures, power, reduce=None):
     squared force before it is normalised. Watch the latter: normalisation pins the loss itself).
     """
     B, G, C = gen.shape
+    if any(len(x) != B for x in others):  # longer ones would pass unseen
+        raise ValueError(f"gen has {B} entries, its targets {[len(x) for x in others]}")
     chunks = chunks_of_entries(B, w.shape[1], G, C, gen.device)
-    if reduce is None:
-        reduce = this_batch_alone
 
     # Under bfloat16 autocast the softmax at tau = 0.02 would be noise.
     with torch.no_grad(), torch.autocast(gen.device.type, enabled=False):
@@ -158,13 +151,15 @@ def chase(gen, others, w, pull, temperatures, power, reduce=None):
         sums = gen.new_zeros(2, dtype=torch.float64)
         for b in chunks:
             y = all_targets(gen, others, b)                                    # b N C
-            d = pairwise_distance(y[:, :G], y)                                 # b G N
-            measured = d if power == 1 else d.pow(power)
-            sums[0] += (measured.sum(1) * w[b]).sum(dtype=torch.float64)
+            d = squared_distances(y[:, :G], y)                                 # b G N
+            if power == 1:
+                d.sqrt_()
+            sums[0] += (d.sum(1) * w[b]).sum(dtype=torch.float64)
             sums[1] += G * w[b].sum(dtype=torch.float64)
             dist.append(d)
-        total, count = reduce("distance", sums)
-        scale = (total / count).pow(1 / power).to(y.dtype)
+        if reduce:
+            sums = reduce("distance", sums)
+        scale = (sums[0] / sums[1]).pow(1 / power).to(y.dtype)
         unit = (scale / math.sqrt(C)).clamp_min(1e-3)  # then coordinates have order 1
 
         # 2. The field at each temperature, in units of that scale.
@@ -173,20 +168,19 @@ def chase(gen, others, w, pull, temperatures, power, reduce=None):
             A = pull(d, b, scale, unit)                                        # b taus G N
             A[..., :G].diagonal(dim1=2, dim2=3).sub_(A.sum(3))  # x_i is target number i
             y = all_targets(gen, others, b).div_(unit)                         # b N C
-            V[b] = torch.einsum("btgn,bnc->btgc", A, y)
+            torch.bmm(A.flatten(1, 2), y, out=V[b].flatten(1, 2))
 
         # 3. Each temperature's field gets unit mean square, again over the whole batch.
         sums = gen.new_full((len(temperatures) + 1,), B * G * C, dtype=torch.float64)
         sums[:-1] = V.norm(dim=3).square_().sum((0, 2), dtype=torch.float64)
-        sums = reduce("force", sums)
+        if reduce:
+            sums = reduce("force", sums)
         mean_square = (sums[:-1] / sums[-1]).to(y.dtype)                       # taus
         force = mean_square.clamp_min(1e-8).rsqrt() @ V.flatten(2)             # B G*C
         force = force.unflatten(1, (G, C))
 
-    info = {"scale": scale}
-    for tau, value in zip(temperatures, mean_square):
-        info[f"force_{tau}"] = value
-    return Chase.apply(gen, force, unit), info
+    info = {f"force_{tau}": value for tau, value in zip(temperatures, mean_square)}
+    return Chase.apply(gen, force, unit), {"scale": scale, **info}
 
 
 class Chase(torch.autograd.Function):
@@ -230,40 +224,37 @@ def transport(cost, iterations):
     """Entropic optimal transport [b, G, M] between uniform masses, each row divided by its sum.
 
     cost [b, G, M] in units of the regularisation. An iteration of Sinkhorn's divides rows by their
-    sums, then columns. The first is made with logarithms; since then every row and column has a
-    sum that is not small, and two matrix-vector products an iteration are enough.
+    sums, then columns. The first is made with logarithms; since then no sum is small, and two
+    products with row vectors (on a CPU columns take thrice the time) make an iteration.
     """
     plan = cost.neg().log_softmax(2).softmax(1)
-    columns = plan.new_ones(len(plan), plan.shape[2], 1)
+    columns = plan.new_ones(len(plan), 1, plan.shape[2])
     for _ in range(iterations - 1):
-        rows = (plan @ columns).reciprocal()                                   # b G 1
-        columns = (plan.mT @ rows).reciprocal()                                # b M 1
-    plan = plan * columns.mT
-    return plan / plan.sum(2, keepdim=True)
+        rows = (columns @ plan.mT).reciprocal()                                # b 1 G
+        columns = (rows @ plan).reciprocal()                                   # b 1 M
+    plan.mul_(columns)
+    return plan.div_(plan.sum(2, keepdim=True))
 
 
-def pairwise_distance(x, y):
-    """Euclidean distances [B, G, N] of x [B, G, C] and y [B, N, C], by the Gram identity."""
-    square = x.norm(dim=2).square()[:, :, None] + y.norm(dim=2).square()[:, None]
-    return square.baddbmm_(x, y.transpose(1, 2), alpha=-2).clamp_min_(1e-8).sqrt_()
+def squared_distances(x, y):
+    """|x_i - y_j|^2 [B, G, N] of x [B, G, C] and y [B, N, C], by the Gram identity."""
+    squares = x.norm(dim=2).square()[:, :, None] + y.norm(dim=2).square()[:, None]
+    return squares.baddbmm_(x, y.mT, alpha=-2).clamp_min_(1e-8)
 
 
 def all_targets(gen, others, b):
-    """Entries b of all samples as one float32 tensor [b, N, C] around its mean.
+    """Entries b of all samples as one tensor [b, N, C] around its mean, in float32 at least.
 
     Centring moves nothing, and the Gram identity then keeps two digits more.
     """
-    y = float32_at_least(torch.cat([gen[b], *[x[b] for x in others]], 1))
+    y = torch.cat([gen[b], *[x[b] for x in others]], 1)
+    y = float32_at_least(y)
     return y.sub_(y.mean(1, keepdim=True))
 
 
-def check_shapes(gen, **targets):
-    """Raises ValueError where one of the targets {name: (tensor, n)} is not [B, n, C]."""
-    B, _, C = gen.shape
-    for name, (x, n) in targets.items():
-        if x.shape != (B, n, C):
-            raise ValueError(f"{name} is {list(x.shape)}: must be [{B}, {n}, {C}], for gen is "
-                             f"{list(gen.shape)}")
+def float32_at_least(x):
+    """x in float32; float64 stays, so that tests can ask for more digits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 # What a chunk's pairs and targets may take: they stay in a CPU's cache, and keep a GPU busy.
@@ -275,16 +266,6 @@ def chunks_of_entries(B, N, G, C, device):
     entry = 4 * (N * C + 3 * G * (N + C))
     size = max(1, CHUNK_BYTES.get(device.type, 1 << 29) // entry)
     return [slice(at, at + size) for at in range(0, B, size)]
-
-
-def this_batch_alone(name, sums):
-    """`reduce` of `chase` where one process holds the whole batch."""
-    return sums
-
-
-def float32_at_least(x):
-    """x in float32; float64 stays, so that tests can ask for more digits."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def drifting(gen, gen2, pos, uncond, cfg_scale, **options):
@@ -307,7 +288,7 @@ def feature_loss(field, gen, gen2, pos, uncond, cfg_scale, reduce=None, **option
     losses = {}
     infos = {}
     for name, feature in gen.items():
-        if reduce is not None:
+        if reduce:
             options["reduce"] = functools.partial(reduce, name)
         second = entries_of(gen2[name]) if gen2 else None
         alpha = cfg_scale.repeat_interleave(feature.shape[2], 0)
@@ -424,13 +405,11 @@ def draw_target(name, n, stream):
     u = torch.rand(n, 3, generator=stream)
     if name == "two_modes":
         side = torch.where(u[:, :1] < 0.5, -1.5, 1.5)
-        noise = 0.2 * torch.randn(n, 2, generator=stream)
-        return torch.cat([side, torch.zeros(n, 1)], 1) + noise
+        return F.pad(side, (0, 1)) + 0.2 * torch.randn(n, 2, generator=stream)
     if name == "checkerboard":
         row = (u[:, 0] * BOARD).floor()
         column = 2 * (u[:, 1] * BOARD / 2).floor() + row % 2  # row + column is even when dark
-        corner = torch.stack([column, row], 1) - BOARD / 2
-        return corner + torch.rand(n, 2, generator=stream)
+        return torch.stack([column, row], 1) - BOARD / 2 + torch.rand(n, 2, generator=stream)
     angle = 1.5 * math.pi * (1 + 2 * u[:, :1].sqrt())  # denser outside, where a turn is longer
     roll = angle / (4.5 * math.pi) * 2 * torch.cat([angle.cos(), angle.sin()], 1)
     return roll + 0.04 * torch.randn(n, 2, generator=stream)
@@ -442,27 +421,28 @@ def describe(name, x):
         left, right = (x - torch.tensor([[[-1.5, 0.0]], [[1.5, 0.0]]])).norm(dim=2) < 1
         return {"left": left.float().mean().item(), "right": right.float().mean().item()}
     if name == "checkerboard":
-        column, row = (x + BOARD / 2).floor().long().T
-        on_board = (column >= 0) & (column < BOARD) & (row >= 0) & (row < BOARD)
-        dark = on_board & ((column + row) % 2 == 0)
-        count = (row * BOARD + column)[dark].bincount(minlength=BOARD**2).view(BOARD, BOARD)
-        squares = [count[i, j].item() for i in range(BOARD) for j in range(i % 2, BOARD, 2)]
+        square = (x + BOARD / 2).floor().long()  # column, row
+        on_board = ((square >= 0) & (square < BOARD)).all(1)
+        dark = on_board & (square.sum(1) % 2 == 0)
+        number = square[dark] @ torch.tensor([1, BOARD])
+        count = number.bincount(minlength=BOARD**2).view(BOARD, BOARD)
+        emptiest = torch.cat([count[::2, ::2], count[1::2, 1::2]]).min()
         return {"in dark squares": dark.float().mean().item(),
-                "emptiest of them": min(squares) / len(x)}
+                "emptiest of them": emptiest.item() / len(x)}
     target = draw_target(name, 20_000, torch.Generator().manual_seed(1))
     nearest = torch.cdist(x, target).min(1).values
     return {"within 0.1 of the roll": (nearest < 0.1).float().mean().item()}
 
 
-# Drifting's widest temperature sees across the plane. Without it, samples that start as one blob
-# far from their reals would feel only the floor of the affinities, which pulls to all sides alike.
+# Drifting's widest temperature sees across the plane: without it samples that start far from
+# their reals would feel only the floor of the affinities, which pulls to all sides alike.
 TOY_OPTIONS = {"drifting": dict(temperatures=(0.05, 0.1, 0.2, 1.0))}
 
 
-def toy_experiment(experiment, steps, n=256, real=1024, lr=1e-3, seed=0, field="drifting"):
+def toy_experiment(experiment, steps, n=256, real=1024, seed=0, field="drifting"):
     """Train on one entry of EXPERIMENTS: n generated against `real` real points a step.
 
-    Returns (samples [frames, 2048, 2], mean squared force of every frame, of drifting at 0.2).
+    Returns (samples [frames, 2048, 2], mean squared force of every frame, at the last temperature).
     """
     start, target, _ = EXPERIMENTS[experiment]
     torch.manual_seed(seed)
@@ -485,16 +465,15 @@ def toy_experiment(experiment, steps, n=256, real=1024, lr=1e-3, seed=0, field="
     frames = []
     forces = []
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 200) * (1 - step / steps)
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1, (step + 1) / 200) * (1 - step / steps)
         gen = generator(noise(n))[None]
         with torch.no_grad():  # drawn for all fields alike
             gen2 = generator(noise(n))[None]
         pos = draw_target(target, real, stream)[None]
-        loss, info = FIELDS[field](gen, gen2, pos, gen[:, :0], torch.ones(1),
-                                   **TOY_OPTIONS.get(field, {}))
+        options = TOY_OPTIONS.get(field, {})
+        loss, info = FIELDS[field](gen, gen2, pos, gen[:, :0], torch.ones(1), **options)
         if step % (steps // 48) == 0 or step == steps - 1:
-            force = info["force_0.2"] if field == "drifting" else list(info.values())[-1]
-            forces.append(force.item())
+            forces.append(list(info.values())[-1].item())
             with torch.no_grad():
                 frames.append(generator(fixed_noise))
         optimizer.zero_grad()
@@ -518,7 +497,7 @@ def save_animation(experiment, frames, forces, path, size=240):
                 draw.ellipse((x - 1, y - 1, x + 1, y + 1), fill=colour)
         draw.text((4, 2), f"mean squared force {force:.1e}", fill="black")
         images.append(image.quantize(8))
-    durations = [80] * (len(images) - 1) + [2000]
+    durations = [80] * len(images[1:]) + [2000]
     images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0)
 
 
@@ -531,7 +510,7 @@ def main():
     args = parser.parse_args()
     for name in args.experiment:
         if name not in EXPERIMENTS:
-            parser.error(f"no experiment {name}: choose from {', '.join(EXPERIMENTS)}")
+            parser.error(f"no experiment {name}: see --help")
     Path(args.out).mkdir(parents=True, exist_ok=True)
     for name in args.experiment:
         began = time.time()

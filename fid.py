@@ -84,10 +84,9 @@ def check_comparable(read, extractor, reference):
     width = extractor.extract(image).shape[1]
     size = list(image.shape[2:])
     where = f"{reference['ref']}: of {reference['size'] or 'other'} images, these are {size}"
-    for name in ("mu", "real"):
-        if reference[name] is not None and reference[name].shape[-1] != width:
-            raise UsageError(f"{where}; {extractor.features} features cannot compare them: "
-                             f"{reference[name].shape[-1]} and {width}")
+    for x in (reference["mu"], reference["real"]):
+        if x is not None and x.shape[-1] != width:
+            raise UsageError(f"{where}; {extractor.features} features cannot compare them")
     if reference["size"] not in (None, size):
         note(f"warning: {where}: the figures compare sizes too")
 
@@ -106,17 +105,22 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
     mu [D], sigma [D, D], arrays or tensors; the covariance of the smaller sample comes first.
     Returns a float, not clamped at 0. With sigma1 = R R^T the trace of the root is the sum of the
-    roots of the eigenvalues of R^T sigma2 R. R keeps only the directions in which sigma1 is not
-    zero: the roots of rounding noise in the others cost scipy's sqrtm its fifth decimal.
+    roots of the eigenvalues of R^T sigma2 R.
     """
     mu1 = torch.as_tensor(mu1, dtype=torch.float64)
     sigma1, mu2, sigma2 = (torch.as_tensor(x).to(mu1) for x in (sigma1, mu2, sigma2))
     if mu1.shape != mu2.shape or not sigma1.shape == sigma2.shape == mu1.shape * 2:
         raise ValueError(f"statistics of different features: mu {list(mu1.shape)} and "
                          f"{list(mu2.shape)}, sigma {list(sigma1.shape)} and {list(sigma2.shape)}")
-    variances, axes = torch.linalg.eigh(sigma1)
-    kept = variances > 1e-12 * variances.max()
-    root = axes[:, kept] * variances[kept].sqrt()
+    root, failed = torch.linalg.cholesky_ex(sigma1)
+    least = 1e-12 * sigma1.diagonal().max()
+    if failed or root.diagonal().square().min() <= least:
+        # A singular covariance, as of fewer images than features. Only the directions in which it
+        # is not zero are kept: the roots of rounding noise in the others cost scipy's sqrtm its
+        # fifth decimal.
+        variances, axes = torch.linalg.eigh(sigma1)
+        kept = variances > least
+        root = axes[:, kept] * variances[kept].sqrt()
     product = root.T @ sigma2 @ root
     eigenvalues = torch.linalg.eigvalsh((product + product.T) / 2)
     trace_root = eigenvalues.clamp(min=0).sqrt().sum()
@@ -254,10 +258,10 @@ class Inception(nn.Module):
 
 
 def load_inception(path=None):
-    """The FID network with its trained weights, in eval mode, on the CPU.
+    """The FID network with its trained weights of `path`, a state dict as pytorch-fid releases it.
 
-    path: a state dict as pytorch-fid releases it; without it that release is downloaded into
-    torch.hub's cache and its hash checked. Raises UsageError for weights that do not fit.
+    Without a path that release is downloaded into torch.hub's cache and its hash checked. Raises
+    UsageError for weights that do not fit.
     """
     with torch.device("meta"):  # without initialisation, which would draw random numbers
         net = Inception()
@@ -300,11 +304,10 @@ class Extractor(NamedTuple):
 
 def load_extractor(features="inception", resize="tf1", inception=None, device="cpu",
                    keep_converted=True):
-    """The Extractor of --features. All processes call it together.
+    """The Extractor of --features; inception: path of its weights, or None. All processes call it.
 
-    features: `inception`, with weights from the path `inception` or downloaded; `pixels`; or
-    `encoder:CKPT`, our own encoder, for data of which Inception knows nothing. keep_converted: as
-    of `load_encoder`. Raises UsageError for weights that cannot be had.
+    Our own encoder is for data of which Inception knows nothing. keep_converted: as of
+    `load_encoder`. Raises UsageError for weights that cannot be had.
     """
     kind, _, ckpt = features.partition(":")
     if features == "pixels":
@@ -336,17 +339,14 @@ def pixel_features(device, images_uint8):
 
 @torch.no_grad()
 @exact_convolutions
-def inception_features(net, images_uint8, resize="tf1", batch_size=64):
+def inception_features(net, images_uint8, resize="tf1"):
     """uint8 [N, 1 or 3, H, W] -> pool features float32 [N, 2048] on the network's device."""
-    if images_uint8.dtype != torch.uint8 or images_uint8.ndim != 4:
+    if images_uint8.dtype != torch.uint8:
         raise ValueError(f"wanted uint8 images [N, C, H, W], not {images_uint8.dtype}")
     device = net.fc.weight.device
-    rows = []
+    rgb = images_uint8.to(device).expand(-1, 3, -1, -1)  # grey is repeated
     with torch.autocast(device.type, enabled=False):
-        for batch in images_uint8.split(batch_size):
-            rgb = batch.to(device).expand(-1, 3, -1, -1)  # grey is repeated
-            rows.append(net(inception_input(rgb, resize)))
-    return torch.cat(rows)
+        return net(inception_input(rgb, resize))
 
 
 def inception_input(images, resize):
@@ -358,10 +358,8 @@ def inception_input(images, resize):
     x = images.float()
     if resize == "half":
         x = F.interpolate(x, (299, 299), mode="bilinear", align_corners=False)
-    elif resize == "tf1":
-        x = resize_tf1(resize_tf1(x.mT).mT)
     else:
-        raise ValueError(f"resize is tf1 or half, not {resize}")
+        x = resize_tf1(resize_tf1(x.mT).mT)
     return (x - 128) / 128
 
 
@@ -397,43 +395,40 @@ def encoder_features(net, images_uint8):
 def gather_features(read, indices, extractor, batch_size=64):
     """Features of the images read(indices), made by all processes: [N, D] in order on rank 0.
 
-    The other ranks get None. On a CPU a row's bits depend on its image alone.
+    The other ranks get None. Processes share out whole batches, so that their number does not
+    change a bit; another batch_size changes the last ones.
     """
-    mine = indices[get_rank()::world_size()]
-    # A process without an image makes one row all the same: then it knows its width.
-    rows = on_all_ranks(extract_rows, read, mine or indices[:1], extractor, batch_size)
+    starts = range(get_rank() * batch_size, len(indices), world_size() * batch_size)
+    # A process without a batch makes the first one all the same: then it knows its width.
+    parts = on_all_ranks(extract_rows, read, indices, starts or [0], extractor, batch_size)
     if world_size() == 1:
-        return rows
-    all_rows = rows.new_zeros(len(indices), rows.shape[1])
-    all_rows[get_rank()::world_size()] = rows[:len(mine)]
-    dist.reduce(all_rows, 0)  # every row is that of one process plus zeros: the same bits
-    return all_rows if get_rank() == 0 else None
+        return torch.cat(parts)
+    rows = parts[0].new_zeros(len(indices), parts[0].shape[1])
+    for start, part in zip(starts, parts):
+        rows[start:start + batch_size] = part
+    dist.reduce(rows, 0)  # every row is that of one process plus zeros: the same bits
+    return rows if get_rank() == 0 else None
 
 
-def extract_rows(read, indices, extractor, batch_size):
-    if not torch.cuda.is_available():
-        # As in `generate`: the bits do not depend on the batch. On a GPU they do, by 1e-7.
-        batch_size = 1
-    rows = []
-    for start in tqdm(range(0, len(indices), batch_size), leave=False, disable=get_rank() > 0):
-        rows.append(extractor.extract(read(indices[start:start + batch_size])))
-    rows = torch.cat(rows)
-    if not rows.isfinite().all():
-        raise UsageError(f"{extractor.features}: features are NaN or Inf: damaged weights?")
-    return rows
+def extract_rows(read, indices, starts, extractor, batch_size):
+    parts = []
+    for start in tqdm(starts, unit=" batches", leave=False, disable=get_rank() > 0):
+        parts.append(extractor.extract(read(indices[start:start + batch_size])))
+        if not parts[-1].isfinite().all():
+            raise UsageError(f"{extractor.features}: features are NaN or Inf: damaged weights?")
+    return parts
 
 
 # --------------------------------------------------------------------------------------------
 # What is compared: references, images
 
 def open_reference(extractor, ref=None, data=None, batch_size=64):
-    """What images are compared with. All processes call it together.
+    """What images are compared with, a dict, complete on rank 0. All processes call it together.
 
     ref: a statistics file. data: real images, as `open_images` takes them, in place of ref, or
-    beside it for precision and recall. Returns a dict, complete on rank 0: mu [D] and sigma [D, D]
-    in float64; real [n, D] or None; size [H, W] of the images, or None where the file does not say;
-    ref and ref_sha256, the file's name and hash, or of data its path and a hash of the number of
-    images and 64 of them; of data alone num_images.
+    beside it for precision and recall. In the dict: mu [D] and sigma [D, D] in float64; real [n, D]
+    or None; size [H, W] of the images or None; ref and ref_sha256, the file's name and hash, or of
+    data its path and a hash of the number of images and 64 of them; of data alone num_images.
     """
     if ref is not None:
         reference, images = on_all_ranks(read_statistics, ref, extractor)
@@ -467,9 +462,9 @@ def evenly_spaced(n, count):
 def read_statistics(path, extractor):
     """A reference of an .npz, and the path where images for precision and recall are, or None.
 
-    No published file was at hand. Their keys are those of the code that writes or reads them: mu
-    and sigma (pytorch-fid, JiT), with them mu_s and sigma_s of sFID and arr_0, images (ADM), ref_mu
-    and ref_sigma (MeanFlow). Ours has `real`, features of images, and says how it was made.
+    Its keys are mu and sigma (pytorch-fid, JiT), with them mu_s and sigma_s of sFID and arr_0,
+    images (ADM), or ref_mu and ref_sigma (MeanFlow): so their code says, no published file was at
+    hand. Ours has `real`, features of images, and says how it was made.
     """
     real = None
     size = None
@@ -478,13 +473,15 @@ def read_statistics(path, extractor):
         for member in file.zip.infolist():
             if member.filename != "arr_0.npy" and member.file_size > 9 * MAX_WIDTH**2:
                 raise ValueError(f"{member.filename} is {member.file_size / 1e9:.1f} GB")
+            # As in prepare_data.class_zip: a damaged name would be taken as a missing array.
+            if b"PK\1\2" in member.extra + member.comment:
+                raise ValueError(f"the directory is damaged at {member.filename}")
+            file.zip.open(member).close()
         prefix = "ref_" if "ref_mu" in file else ""
-        mu = file[prefix + "mu"]
-        sigma = file[prefix + "sigma"]
-        if np.iscomplexobj(mu) or np.iscomplexobj(sigma):
+        arrays = [file[prefix + "mu"], file[prefix + "sigma"]]
+        if any(np.iscomplexobj(array) for array in arrays):
             raise ValueError("they are complex")
-        mu = torch.tensor(mu, dtype=torch.float64)
-        sigma = torch.tensor(sigma, dtype=torch.float64)
+        mu, sigma = [torch.tensor(array, dtype=torch.float64) for array in arrays]
         if "real" in file:
             real = torch.tensor(file["real"], dtype=torch.float32)
         if "size" in file:
@@ -507,17 +504,17 @@ def read_statistics(path, extractor):
     width = mu.numel() if extractor.fc is None else extractor.fc.shape[1]
     problem = None
     if mu.shape != (width,) or sigma.shape != (width, width):
-        problem = f"are no mean and covariance of {width} features"
+        problem = f"mu and sigma are no mean and covariance of {width} features"
     elif not (mu.isfinite().all() and sigma.isfinite().all()):
-        problem = "hold NaN or Inf"
+        problem = "mu or sigma hold NaN or Inf"
     elif not torch.allclose(sigma, sigma.T):
-        problem = "are no mean and covariance, which would be symmetric"
+        problem = "mu and sigma are no mean and covariance, which is symmetric"
     elif sigma.diagonal().min() < 0:
-        problem = "hold negative variances"
+        problem = "sigma holds negative variances"
     elif real is not None and not (real.shape[1:] == mu.shape and real.isfinite().all()):
-        problem = f"have with them real {list(real.shape)}, no finite features of images"
+        problem = f"real are no finite features of {width} numbers"
     if problem:
-        raise UsageError(f"{path}: mu {list(mu.shape)} and sigma {list(sigma.shape)} {problem}")
+        raise UsageError(f"{path}: {problem}")
     reference = {"mu": mu, "sigma": sigma, "real": real, "size": size, "ref": Path(path).name,
                  "ref_sha256": ref_sha256}
     return reference, path if "arr_0" in file else None
@@ -536,30 +533,24 @@ def generated(generator, cfg_scale=1.0, seed=0, temperature=1.0, vae=None):
 
 
 def open_images(source):
-    """(N, read) of a prepared data set, an .npz of images, or a folder or .zip of them.
+    """(N, read) of a prepared data set, an .npz of images, or any source of prepare_data.py.
 
-    read(indices) -> uint8 [n, C, H, W]. Of a source with splits `train` is taken. Raises
-    UsageError for what is none of these, broken, of several sizes, or latents.
+    read(indices) -> uint8 [n, C, H, W], files in natural order. Of a source with splits `train` is
+    taken. Raises UsageError for what is none of these, broken, of several sizes, or latents.
     """
     path = Path(source)
+    if path.suffix == ".npz" and not path.is_dir():
+        return open_npz(path)
+    if (path / "log.jsonl").is_file():
+        raise UsageError(f"{path} is a run's folder, its pictures are grids: give it as --ckpt")
     if (path / "train/meta.json").is_file():
         path = path / "train"
     if (path / "meta.json").is_file():
         data = Dataset(path.parent, path.name)
-        if data.meta["kind"] == "latents":
-            raise UsageError(f"{path} holds latents, no images: give their images or statistics "
-                             "(--ref, in training --eval_ref)")
-        return len(data), lambda indices: torch.from_numpy(data.images[indices])
-    if path.suffix == ".npz" and not path.is_dir():
-        return open_npz(path)
-    return open_files(source)
-
-
-def open_files(source):
-    """Images of one size of any source of prepare_data.py, in natural order."""
-    path = Path(source)
-    if (path / "log.jsonl").is_file():
-        raise UsageError(f"{path} is a run's folder, its pictures are grids: give it as --ckpt")
+        if data.meta["kind"] != "latents":
+            return len(data), lambda indices: torch.from_numpy(data.images[indices])
+        raise UsageError(f"{path} holds latents, no images: give their images or statistics "
+                         "(--ref, in training --eval_ref)")
     splits, load = open_source(source)
     if isinstance(load, CachedLatents):
         raise UsageError(f"{path} holds latents, no images")
@@ -588,17 +579,16 @@ def open_npz(path):
 
     It is never in memory whole: 50,000 images of 256x256 are 9.8 GB.
     """
-    readers = {(1, 0): np.lib.format.read_array_header_1_0,
-               (2, 0): np.lib.format.read_array_header_2_0}
     with reading(path, ".npz with images arr_0"):
         archive = zipfile.ZipFile(path)
         member = archive.open("arr_0.npy")
-        shape, in_fortran_order, dtype = readers[np.lib.format.read_magic(member)](member)
+        np.lib.format.read_magic(member)  # 1.0, since the header is short
+        shape, in_fortran_order, dtype = np.lib.format.read_array_header_1_0(member)
         first = member.tell()
-        length = archive.getinfo("arr_0.npy").file_size
         size = math.prod(shape[1:])
         if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or in_fortran_order or (
-                size * shape[0] == 0 or first + size * shape[0] != length):
+                size * shape[0] == 0
+                or first + size * shape[0] != archive.getinfo("arr_0.npy").file_size):
             raise ValueError(f"arr_0 is {dtype} {list(shape)}, wanted uint8 [N, H, W, 1 or 3]")
         if size > MAX_PIXELS:
             raise ValueError(f"images of {shape[1]} x {shape[2]} pixels")
@@ -633,23 +623,20 @@ def command_ref(args, extractor):
 
 def command_eval(args, extractor):
     """One JSON line an alpha: what was scored, the figures, and what they were measured with."""
-    sources = []
     if args.images:
         available, read = on_all_ranks(open_images, args.images)
         num_images = args.num_images or available
         if num_images > available:
             raise UsageError(f"{args.images} holds {available} images, asked for are {num_images}")
-        sources.append(({"images": args.images}, read))
+        sources = [({"images": args.images}, read)]
     else:
         generator, vae = load_networks(args)
         num_images = args.num_images or 50_000
-        for alpha in args.cfg_scale:
-            source = {"cfg_scale": alpha, "ckpt": args.ckpt, "seed": args.seed,
-                      "temperature": args.temperature}
-            if vae is not None:
-                source["vae"] = args.vae
-            read = generated(generator, alpha, args.seed, args.temperature, vae)
-            sources.append((source, read))
+        names = ["ckpt", "seed", "temperature"] + (["vae"] if vae is not None else [])
+        made_with = {name: getattr(args, name) for name in names}
+        sources = [({"cfg_scale": alpha, **made_with},
+                    generated(generator, alpha, args.seed, args.temperature, vae))
+                   for alpha in args.cfg_scale]
     if num_images < 10:
         raise UsageError(f"{num_images} images are too few: the Inception Score takes ten parts")
     reference = open_reference(extractor, args.ref, args.data, args.batch_size)
@@ -666,10 +653,8 @@ def command_eval(args, extractor):
 
 def json_line(row):
     """NaN and infinite figures, which JSON does not know, become null."""
-    for key, value in row.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            row = row | {key: None}
-    return json.dumps(row, allow_nan=False)
+    not_finite = [key for key, x in row.items() if isinstance(x, float) and not math.isfinite(x)]
+    return json.dumps(row | dict.fromkeys(not_finite), allow_nan=False)
 
 
 def command_neighbours(args, extractor):
@@ -696,7 +681,6 @@ def command_neighbours(args, extractor):
     if get_rank() > 0:
         return
 
-    rows = {name: x.double() for name, x in rows.items()}  # float32: a copy is not at distance 0
     real = rows["training"]
     means = {}
     for name in list(sets)[1:]:
@@ -722,7 +706,8 @@ def command_neighbours(args, extractor):
 
 def nearest(x, real, k):
     """Distances [n, k] and indices [n, k] of the k rows of `real` nearest to each row of x."""
-    parts = [torch.cdist(part, real).topk(k, largest=False) for part in x.split(500)]
+    real = real.double()  # in float32 a copy would not be at distance 0
+    parts = [torch.cdist(part, real).topk(k, largest=False) for part in x.double().split(500)]
     values = torch.cat([part.values for part in parts])
     return values, torch.cat([part.indices for part in parts]).cpu().numpy()
 
@@ -732,7 +717,7 @@ def within_class_distance(rows, labels):
     means = []
     for c in np.unique(labels):
         members = rows[torch.from_numpy(labels == c)][:1000]
-        means.append(torch.pdist(members).mean().item())
+        means.append(torch.pdist(members.double()).mean().item())
     return np.mean(means)
 
 
@@ -765,12 +750,11 @@ def parse(argv=None):
         ignored += sampling
     if args.features != "inception":
         ignored += ["inception", "resize"]
-    for name in needed[args.command]:
-        if getattr(args, name) is None:
-            parser.error(f"{args.command} needs --{name}")
-    for name in ignored:
-        if getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name} would be ignored here")
+    given = [name for name, x in vars(args).items() if x != parser.get_default(name)]
+    for name in sorted(set(needed[args.command]) - set(given)):
+        parser.error(f"{args.command} needs --{name}")
+    for name in sorted(set(ignored) & set(given)):
+        parser.error(f"--{name} would be ignored here")
     if args.command == "eval" and not ((args.ckpt or args.images) and (args.ref or args.data)):
         parser.error("eval needs --ckpt or --images, and --ref or --data to compare with")
     if args.command == "neighbours" and len(args.cfg_scale) > 1:

@@ -104,15 +104,18 @@ class Generator(nn.Module, Pretrained):
         self.checkpoint_blocks = False  # True: a third more work, activations 1/20 of the memory
         cond_dim = cond_dim or hidden_size
         grid = input_size // patch_size
+        with torch.device("cpu"):  # under "meta" too: the rotary table is in no file
+            positions = sincos_2d(grid, hidden_size)
+            rope = rotary_table(n_cls_tokens + grid**2, hidden_size // num_heads)
 
-        self.class_embed = nn.Embedding(num_classes, cond_dim)
+        self.class_embed = Embedding(num_classes, cond_dim)
         self.style_embed = nn.Parameter(torch.empty(noise_coords, noise_classes, cond_dim))
         self.alpha_embed = nn.Sequential(
             nn.Linear(256, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim))
         self.alpha_norm = RMSNorm(cond_dim)
 
         self.patch_embed = nn.Linear(patch_size**2 * in_channels, hidden_size)
-        self.pos_embed = nn.Parameter(sincos_2d(grid, hidden_size)[None])
+        self.pos_embed = nn.Parameter(positions[None])
         self.cls_proj = nn.Linear(cond_dim, hidden_size)
         self.cls_embed = nn.Parameter(torch.empty(1, n_cls_tokens, hidden_size))
         self.blocks = nn.ModuleList(
@@ -120,10 +123,9 @@ class Generator(nn.Module, Pretrained):
         self.final_norm = RMSNorm(hidden_size)
         self.final_adaln = nn.Linear(cond_dim, 2 * hidden_size)
         self.final_linear = nn.Linear(hidden_size, patch_size**2 * self.out_channels)
-        with torch.device("cpu"):  # it is in no file, so `read_model` must find it made
-            rope = rotary_table(n_cls_tokens + grid**2, hidden_size // num_heads)
         self.register_buffer("rope", rope, persistent=False)
-        self._initialise()
+        if not self.cls_embed.is_meta:
+            self._initialise()
 
     def _initialise(self):
         for module in self.modules():
@@ -210,6 +212,14 @@ class Block(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             x = F.scaled_dot_product_attention(q, k, v)                             # n heads t d
         return self.proj(rearrange(x, "n heads t d -> n t (heads d)"))
+
+
+class Embedding(nn.Embedding):
+    """Not drawn without memory: a normal_() on "meta" would import torch._dynamo, two seconds."""
+
+    def reset_parameters(self):
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
 
 class RMSNorm(nn.RMSNorm):
@@ -405,7 +415,20 @@ class GroupNorm(nn.GroupNorm):
 
 
 # --------------------------------------------------------------------------------------------
-# Networks of others: ConvNeXt-V2, whose features are of pixels, and the SD-VAE
+# Networks of others: ConvNeXt-V2 and ResNet-50, whose features are of pixels, and the SD-VAE
+
+def imagenet_input(x, image_size):
+    """Images [n, 3, h, w] in [-1, 1] as networks for ImageNet take them: standardised.
+
+    They are resized to image_size, unless that is None.
+    """
+    # By plain numbers: a tensor of them would be copied to the GPU in every call, which waits.
+    channels = zip(float32_at_least(x).unbind(1), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    x = torch.stack([((channel + 1) / 2 - mean) / std for channel, mean, std in channels], 1)
+    if image_size is None:
+        return x
+    return F.interpolate(x, (image_size, image_size), mode="bilinear", antialias=True)
+
 
 class ConvNeXtV2(nn.Module, Pretrained):
     """ConvNeXt-V2, an encoder of pixels beside the MAE (A.5; P: FID 9.35 -> 3.70).
@@ -438,9 +461,7 @@ class ConvNeXtV2(nn.Module, Pretrained):
         and stds of all four, the last one's std once more as `global_std`; and `global_mean`, the
         final norm of the mean of the last map as it is.
         """
-        channels = zip(float32_at_least(x).unbind(1), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-        x = torch.stack([((channel + 1) / 2 - mean) / std for channel, mean, std in channels], 1)
-        x = F.interpolate(x, (self.image_size, self.image_size), mode="bilinear", antialias=True)
+        x = imagenet_input(x, self.image_size)
         embed = self.embeddings["patch_embeddings"]
         x = self.embeddings["layernorm"](embed(x.to(embed.weight.dtype)))           # n 128 56 56
         features = {}
@@ -501,6 +522,67 @@ def mean_and_std(x, dim):
     """Mean and biased standard deviation along one axis, which is kept."""
     mean = x.mean(dim, keepdim=True)
     return mean, ((x - mean).square().mean(dim, keepdim=True) + 1e-6).sqrt()
+
+
+class ResNet50(nn.Module, Pretrained):
+    """ResNet-50, an encoder of pixels with which no MAE is needed (Table 3: MoCo-v2 8.41 FID).
+
+    Parameters have torchvision's names; its classifier is left out. image_size: side to which
+    images are resized, None: no resizing. It is always in eval mode, as BatchNorm's statistics
+    are those of its training.
+    """
+
+    def __init__(self, image_size=224):
+        super().__init__()
+        self.in_channels, self.image_size = 3, image_size
+        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.layer1 = bottlenecks(3, 64, 64, stride=1)
+        self.layer2 = bottlenecks(4, 256, 128, stride=2)
+        self.layer3 = bottlenecks(6, 512, 256, stride=2)
+        self.layer4 = bottlenecks(3, 1024, 512, stride=2)
+        self.eval()
+
+    def train(self, mode=True):
+        return super().train(False)
+
+    def features(self, x):
+        """x [n, 3, h, w] in [-1, 1], of any size -> {name: [n, T, C]} of the four stages' maps."""
+        x = imagenet_input(x, self.image_size).to(self.conv1.weight.dtype)
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.max_pool2d(x, 3, 2, 1)                                                # n 64 56 56
+        maps = {}
+        for i, stage in enumerate((self.layer1, self.layer2, self.layer3, self.layer4), 1):
+            x = stage(x)
+            maps[f"resnet_layer{i}"] = x  # an MAE beside it has a `layer1` too
+        return multi_scale_features(maps)
+
+
+def bottlenecks(depth, c_in, width, stride):
+    blocks = [Bottleneck(4 * width, width, stride=1) for _ in range(depth - 1)]
+    return nn.Sequential(Bottleneck(c_in, width, stride), *blocks)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 (which has the stride), 1x1 convolution; four times `width` channels come out."""
+
+    def __init__(self, c_in, width, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * width)
+        self.downsample = nn.Sequential()  # without layers: the identity
+        if c_in != 4 * width:
+            self.downsample.append(nn.Conv2d(c_in, 4 * width, 1, stride, bias=False))
+            self.downsample.append(nn.BatchNorm2d(4 * width))
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        return F.relu(self.bn3(self.conv3(y)) + self.downsample(x))
 
 
 LATENT_SCALE = 0.18215  # latents are this times the VAE's, so that their variance is about 1
@@ -574,18 +656,18 @@ class VAE(nn.Module):
 
 # A new encoder is a class derived from nn.Module and Pretrained, with `in_channels` and `features`
 # as MAE has them, and an entry here: then save_pretrained, load_encoder and --encoder know it.
-ENCODERS = {"mae": MAE, "convnextv2": ConvNeXtV2}
+ENCODERS = {"mae": MAE, "convnextv2": ConvNeXtV2, "resnet50": ResNet50}
+BUILT_FROM_FILES = (Generator, MAE, ConvNeXtV2, ResNet50)  # all of their tensors are in files
 
-# The authors' weights on the Hub: hf://NAME.
+# hf://NAME: the authors' weights on the Hub, and W-Flow's, which are single files.
 PUBLISHED = {place.split("/")[-1]: f"Goodeat/drifting/models/{place}" for place in (
     "gen/jax/latent_L_sota", "gen/jax/latent_B_sota", "gen/jax/pixel_L_sota",
     "gen/jax/pixel_B_sota", "gen/jax/ablation",
     "mae/jax/mae_latent_640", "mae/jax/mae_pixel_640", "mae/jax/mae_latent_256")}
-# W-Flow's, single files.
-PUBLISHED |= {f"wflow_{name}": f"jiaqihan99/W-Flow/checkpoints/latent_{folder}_ot/state_{step}.pt"
-              for name, folder, step in (
-    ("ablation", "ablation", "00030000"), ("B", "sota_B", "00200000"),
-    ("L", "sota_L", "00200000"), ("XL", "sota_XL", "00180000"))}
+PUBLISHED |= {f"wflow_{name}": f"jiaqihan99/W-Flow/checkpoints/latent_{file}.pt"
+              for name, file in {
+    "ablation": "ablation_ot/state_00030000", "B": "sota_B_ot/state_00200000",
+    "L": "sota_L_ot/state_00200000", "XL": "sota_XL_ot/state_00180000"}.items()}
 
 # What describes a model and what holds its weights, in the order in which they are looked for:
 # the authors' artifact; our files, or transformers'; before safetensors; the authors' older names.
@@ -593,6 +675,7 @@ FLAX_FILES = ("metadata.json", "ema_params.msgpack")
 OUR_FILES = ("config.json", "model.safetensors")
 MODEL_FILES = (FLAX_FILES, OUR_FILES, ("config.json", "pytorch_model.bin"),
                ("ema_model.metadata.json", "ema_model.msgpack"))
+SINGLE_FILES = (".pt", ".pth", ".pth.tar", ".safetensors")  # W-Flow's, and those of a ResNet50
 
 
 def load_generator(path, keep_converted=True):
@@ -600,7 +683,7 @@ def load_generator(path, keep_converted=True):
 
     path: a run or checkpoint folder, a folder of the authors' artifact, W-Flow's state_*.pt or its
     folder, or on the Hub hf://NAME (one of PUBLISHED) or hf://USER/REPO[/SUBFOLDER][@REVISION].
-    keep_converted: a download in another format is kept as safetensors too, beside the Hub's cache,
+    keep_converted: a download that is no safetensors is kept as such too, beside the Hub's cache,
     and read from there next time.
     Raises UsageError for what cannot be had, damaged files, another kind of model, and weights
     that are not the model's one by one.
@@ -609,7 +692,11 @@ def load_generator(path, keep_converted=True):
 
 
 def load_encoder(path, keep_converted=True):
-    """One of ENCODERS, otherwise as `load_generator`. `in_channels` says what it takes."""
+    """One of ENCODERS, as `load_generator`, or a ResNet50's file. `in_channels`: what it takes.
+
+    A ResNet50 that leaves images at their size: {"model_type": "resnet50", "image_size": null} in
+    a config.json beside its file, which is called model.safetensors or pytorch_model.bin then.
+    """
     return load(path, ENCODERS, keep_converted)
 
 
@@ -624,41 +711,79 @@ def read_model(description, weights, classes):
     """The model of two files, which must be one of `classes`, {kind: class}."""
     check_sums(description, weights)
     state = read_weights(weights)
-    if weights.name.startswith("state_"):
-        config = wflow_config(weights, state)
-    else:
-        config = read_config(description)
+    config = read_config(description, state)
     origin = config.pop("origin", {})
-    kind = config.pop("model_type", None)
-    if kind is None:  # in the authors' artifacts and our first checkpoints the tensors tell
-        kind = "generator" if "class_embed.weight" in state else "mae"
+    kind = str(config.pop("model_type", kind_of_tensors(state)))
     if kind not in classes:
-        raise UsageError(f"{description}: a model of kind {kind}, wanted is {' or '.join(classes)}")
+        raise UsageError(f"{description}: a model of kind {kind:.40}, wanted is "
+                         f"{' or '.join(classes)}")
     if weights.suffix == ".msgpack":
         config = release_config(description, config, kind)
     elif kind == "convnextv2":
         config, state = from_transformers(config, state)
+    elif kind == "resnet50":
+        state = from_torchvision(weights, state)
 
     cls = classes[kind]
-    if cls in (Generator, MAE, ConvNeXtV2):
+    device = "cpu"  # an encoder of yours may compute in its constructor what is in no file
+    if cls in BUILT_FROM_FILES:
         check_config(description, config, cls, state)
-    # The two large ones are built without memory, and what was read becomes their parameters. An
-    # encoder of yours may compute in its constructor what is in no file.
-    with torch.device("meta" if cls in (Generator, MAE) else "cpu"):
-        net = cls(**config)
+        device = "meta"  # without memory: what was read becomes the parameters
+    try:
+        with torch.device(device):
+            net = cls(**config)
+    except UsageError as error:
+        raise UsageError(f"{description}: {error}") from None
     try:
         net.load_state_dict(state, assign=True)
     except RuntimeError as error:
         raise UsageError(f"{weights}: not the weights of its config ({one_line(error)})") from None
-    net.origin = origin if isinstance(origin, dict) else {}
+    check_origin(description, origin, net)
+    net.origin = origin
     return net.float().eval()  # float32, however they were saved
 
 
-def read_config(file):
+def convert(description, weights, classes):
+    """A downloaded artifact as files of ours, which rank 0 makes the first time, if it can.
+
+    They are read anew when they are made, as in later runs: on a CPU the last bits of a result
+    depend on where weights lie in memory.
+    """
+    # Named after models--USER--REPO/snapshots/COMMIT/..., whose bytes never change.
+    place = weights.parts[weights.parts.index("snapshots") - 1:]
+    copy = Path(constants.HF_ASSETS_CACHE, "drifting", "--".join(place))
+    if get_rank() == 0 and not copy.exists():
+        net = read_model(description, weights, classes)
+        partial = copy.with_name(f"{copy.name}.{os.getpid()}.tmp")
+        try:
+            net.save_pretrained(partial)
+            write_sums(partial)
+            partial.rename(copy)
+        except (OSError, SafetensorError) as error:
+            print(f"{copy}: no converted copy kept ({one_line(error)})", file=sys.stderr)
+        shutil.rmtree(partial, ignore_errors=True)
+    if copy.exists():
+        return [copy / name for name in OUR_FILES]
+    return [description, weights]
+
+
+def kind_of_tensors(state):
+    """Of the authors' artifacts, our first checkpoints and single files."""
+    if "class_embed.weight" in state:
+        return "generator"
+    if any(name.endswith("layer1.0.conv1.weight") for name in state):
+        return "resnet50"
+    return "mae"
+
+
+def read_config(file, state):
+    """What a file of JSON says; a single file of weights says what its tensors tell."""
     try:
-        return dict(json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UsageError(f"{file}: damaged ({one_line(error)})") from error
+        if file.suffix == ".json":
+            return dict(json.loads(file.read_text()))
+        return wflow_config(state) if file.name.startswith("state_") else {}
+    except (OSError, ValueError, TypeError, RecursionError, LookupError, ArithmeticError) as error:
+        raise UsageError(f"{file}: damaged, or no model ({one_line(error)})") from error
 
 
 def check_config(file, config, cls, state):
@@ -671,15 +796,28 @@ def check_config(file, config, cls, state):
     for name, value in config.items():
         if name not in parameters:
             raise UsageError(f"{file}: {cls.__name__} has no {name} here")
+        if value is None and name in ("out_channels", "cond_dim", "image_size"):
+            continue
         default = parameters[name].default
         several = isinstance(default, tuple)
         values = value if several and isinstance(value, (list, tuple)) else [value]
-        least = 0 if name in ("n_cls_tokens", "noise_classes", "noise_coords") else 1e-12
-        sound = len(values) <= 64 and all(
-            isinstance(n, (int, float)) and least <= n <= most or isinstance(n, bool)
-            for n in values)
-        if value != default and not sound or several != isinstance(value, (list, tuple)):
+        kinds = {float: (float, int), bool: (bool,)}.get(type(default), (int,))
+        zero_is_sound = name in ("n_cls_tokens", "noise_classes", "noise_coords", "attn_fp32")
+        least = 0 if zero_is_sound else 1e-12
+        sound = all(type(n) in kinds and least <= n <= most for n in values)
+        if not sound or len(values) > 64 or several != isinstance(value, (list, tuple)):
             raise UsageError(f"{file}: {name} {str(value):.40} is no size of these weights")
+
+
+def check_origin(file, origin, net):
+    """Raises UsageError for what `Pretrained` does not write there."""
+    sound = isinstance(origin, dict) and origin.keys() <= {"classes", "vae"}
+    if sound and "classes" in origin:
+        names = origin["classes"]
+        sound = isinstance(names, list) and len(names) == getattr(net, "num_classes", None)
+        sound = sound and all(isinstance(name, str) for name in names)
+    if not sound or not isinstance(origin.get("vae", ""), str):
+        raise UsageError(f"{file}: damaged, origin holds no names of classes and hash of a VAE")
 
 
 def read_weights(file):
@@ -691,8 +829,10 @@ def read_weights(file):
             return load_file(file)
         if file.name.startswith("state_"):  # mapped: the optimizer never comes into memory
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            return from_wflow(loaded["ema_model"])
+            return stack_styles({our_name(name, WFLOW_NAMES): tensor.detach()
+                                 for name, tensor in loaded["ema_model"].items()})
         loaded = torch.load(file, map_location="cpu", weights_only=True)
+        loaded = loaded.get("state_dict", loaded)
         return {str(name): tensor.detach() for name, tensor in loaded.items()}
     except Exception as error:  # each has many kinds for bytes that are not what they should be
         raise UsageError(f"{file}: damaged, or no weights ({one_line(error)})") from error
@@ -705,52 +845,51 @@ def from_transformers(config, state):
     """
     ours = inspect.signature(ConvNeXtV2).parameters
     config = {key: value for key, value in config.items() if key in ours}
-    weights = {}
+    # In files of before May 2023 the response normalisation has gamma and beta.
+    names = {"^convnextv2.": "", "grn.gamma": "grn.weight", "grn.beta": "grn.bias"}
+    state = {our_name(name, names): tensor for name, tensor in state.items()
+             if not name.startswith("classifier.")}
+    return config, state
+
+
+def from_torchvision(file, state):
+    """A ResNet's tensors under torchvision's names, without prefix, classifier and projection.
+
+    Prefixes are those of MoCo-v2 (module.encoder_q.; encoder_k. is its average) and of conversions
+    of SimCLR (backbone. and the like). Raises UsageError where there are two networks.
+    """
+    ours = {}
     for name, tensor in state.items():
-        name = name.removeprefix("convnextv2.")
-        # In files of before May 2023 the response normalisation has gamma and beta.
-        name = name.replace("grn.gamma", "grn.weight").replace("grn.beta", "grn.bias")
-        if not name.startswith("classifier."):
-            weights[name] = tensor
-    return config, weights
+        match = re.search(r"(?:^|\.)((conv1|bn1|layer\d)\..*)", name)
+        if match and "encoder_k." not in name:
+            if match[1] in ours:
+                raise UsageError(f"{file}: holds several networks, of which one is wanted: "
+                                 f"{name} is the second {match[1]}")
+            ours[match[1]] = tensor
+    return ours
 
 
 # Of a name in W-Flow's files: a pattern, and what takes its place, in this order.
 WFLOW_NAMES = {
     r"\.linear\.(weight|bias)$": r".\1", r"^model\.": "", "^cfg_embedder.fc1": "alpha_embed.0",
     "^cfg_embedder.fc2": "alpha_embed.2", "^cfg_norm": "alpha_norm", "^c_token_proj": "cls_proj",
+    r"^noise_embeds\.(\d+)\.weight": r"style_embed.\1",
     r"\.attn\.": ".", r"mlp\.w1": "mlp_gate", r"mlp\.w3": "mlp_in", r"mlp\.w2": "mlp_out",
     r"final_layer\.norm_final": "final_norm", r"final_layer\.adaLN_mod\.1": "final_adaln",
     r"final_layer\.linear": "final_linear", r"adaLN_mod\.1": "adaln"}
 
 
-def from_wflow(tensors):
-    """{W-Flow's name: tensor} -> our state dict."""
-    state = {}
-    for name, tensor in tensors.items():
-        for pattern, ours in WFLOW_NAMES.items():
-            name = re.sub(pattern, ours, name)
-        state[name] = tensor.detach()
-    count = sum(name.startswith("noise_embeds.") for name in state)
-    tables = [state.pop(f"noise_embeds.{i}.weight") for i in range(count)]
-    state["style_embed"] = torch.stack(tables)
-    return state
-
-
-def wflow_config(file, state):
+def wflow_config(state):
     """The constructor's arguments, by the shapes of W-Flow's tensors. Latents have 4 channels."""
-    try:
-        styles, noise_classes, cond_dim = state["style_embed"].shape
-        _, tokens, width = state["pos_embed"].shape
-        patch = math.isqrt(state["patch_embed.weight"].shape[1] // 4)
-        return dict(
-            input_size=math.isqrt(tokens) * patch, in_channels=4, patch_size=patch,
-            hidden_size=width, depth=sum(name.endswith(".qkv.weight") for name in state),
-            num_heads=width // len(state["blocks.0.q_norm.weight"]), cond_dim=cond_dim,
-            num_classes=len(state["class_embed.weight"]), noise_classes=noise_classes,
-            noise_coords=styles, n_cls_tokens=state["cls_embed"].shape[1])
-    except (KeyError, ValueError, ZeroDivisionError, IndexError) as error:
-        raise UsageError(f"{file}: no generator of W-Flow ({one_line(error)})") from error
+    styles, noise_classes, cond_dim = state["style_embed"].shape
+    _, tokens, width = state["pos_embed"].shape
+    patch = math.isqrt(state["patch_embed.weight"].shape[1] // 4)
+    return dict(
+        input_size=math.isqrt(tokens) * patch, in_channels=4, patch_size=patch,
+        hidden_size=width, depth=sum(name.endswith(".qkv.weight") for name in state),
+        num_heads=width // len(state["blocks.0.q_norm.weight"]), cond_dim=cond_dim,
+        num_classes=len(state["class_embed.weight"]), noise_classes=noise_classes,
+        noise_coords=styles, n_cls_tokens=state["cls_embed"].shape[1])
 
 
 def latest_checkpoint(run):
@@ -761,15 +900,17 @@ def latest_checkpoint(run):
 def find_files(path, forms):
     """Paths of the files of the first of the forms, pairs of names, that `path` holds.
 
-    From the Hub only these are downloaded, under huggingface_hub's own settings (HF_HOME, ...).
+    A single file describes itself. From the Hub only these are downloaded, under huggingface_hub's
+    own settings (HF_HOME, ...).
     """
     wanted = " or ".join(weights for _, weights in forms)
     if str(path).startswith("hf://"):
         return download(str(path), forms, wanted)
     folder = latest_checkpoint(path) or Path(path)
-    states = sorted(folder.glob("state_*.pt")) if folder.is_dir() else [folder]
-    if states and states[-1].is_file() and states[-1].match("state_*.pt"):
-        return [states[-1], states[-1]]
+    if folder.is_file() and folder.name.endswith(SINGLE_FILES) and forms == MODEL_FILES:
+        return [folder, folder]
+    if any(folder.glob("state_*.pt")):
+        return [max(folder.glob("state_*.pt"))] * 2
     if (folder / "params_ema").is_dir():  # a run of the authors' code
         folder = folder / "params_ema"
     for names in forms:
@@ -782,12 +923,12 @@ def find_files(path, forms):
 def download(path, forms, wanted):
     name, _, revision = path.removeprefix("hf://").partition("@")
     parts = PUBLISHED.get(name, name).strip("/").split("/")
-    if len(parts) < 2 or {"", ".", ".."} & {*parts, *revision.split("/")[1:]} or revision == "..":
+    if len(parts) < 2 or "" in parts or ".." in path:
         raise UsageError(f"{path}: neither hf://USER/REPO[/SUBFOLDER][@REVISION] nor one of "
                          f"{', '.join(PUBLISHED)}")
-    if parts[-1].endswith(".pt"):
-        forms = ((parts.pop(),) * 2,)
-        wanted = forms[0][0]
+    if len(parts) > 2 and parts[-1].endswith(SINGLE_FILES):
+        wanted = parts.pop()
+        forms = [(wanted, wanted)]
     place = dict(repo_id="/".join(parts[:2]), subfolder="/".join(parts[2:]),
                  revision=revision or None)
     for names in forms:
@@ -815,30 +956,6 @@ def download_file(name, place):
         file.resolve().unlink()
         raise UsageError(f"{name} of {place['repo_id']}: damaged on its way: run again")
     return file
-
-
-def convert(description, weights, classes):
-    """A downloaded artifact as files of ours, which rank 0 makes the first time, if it can.
-
-    They are read anew when they are made, as in later runs: on a CPU the last bits of a result
-    depend on where weights lie in memory.
-    """
-    # Named after models--USER--REPO/snapshots/COMMIT/..., whose bytes never change.
-    place = weights.parts[weights.parts.index("snapshots") - 1:-1]
-    copy = Path(constants.HF_ASSETS_CACHE, "drifting", "--".join(place))
-    if get_rank() == 0 and not copy.exists():
-        net = read_model(description, weights, classes)
-        partial = copy.with_name(f"{copy.name}.{os.getpid()}.tmp")
-        try:
-            net.save_pretrained(partial)
-            write_sums(partial)
-            partial.rename(copy)
-        except (OSError, SafetensorError) as error:
-            print(f"{copy}: no converted copy kept ({one_line(error)})", file=sys.stderr)
-        shutil.rmtree(partial, ignore_errors=True)
-    if copy.exists():
-        return [copy / name for name in OUR_FILES]
-    return [description, weights]
 
 
 # --------------------------------------------------------------------------------------------
@@ -894,12 +1011,9 @@ def read_flax(file):
         shape, dtype, values = msgpack.unpackb(data)
         return torch.frombuffer(bytearray(values), dtype=FLAX_DTYPES[dtype]).reshape(shape)
 
-    try:
-        with open(file, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            tree = msgpack.unpackb(mapped, ext_hook=array)
-        return tree.get("params", tree)
-    except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
-        raise UsageError(f"{file}: truncated, or no flax msgpack ({one_line(error)})") from error
+    with open(file, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        tree = msgpack.unpackb(mapped, ext_hook=array)
+    return tree.get("params", tree)
 
 
 def from_flax(tree):
@@ -920,7 +1034,12 @@ def from_flax(tree):
         elif isinstance(node, dict):
             tree.update({f"{path}/{key}": child for key, child in node.items()})
         else:
-            raise UsageError(f"flax msgpack: {path} is a {type(node).__name__}, not an array")
+            raise ValueError(f"{path} is a {type(node).__name__}, not an array")
+    return stack_styles(state)
+
+
+def stack_styles(state):
+    """A generator's tables style_embed.0, .1, ... become one, as ours."""
     tables = []
     while f"style_embed.{len(tables)}" in state:
         tables.append(state.pop(f"style_embed.{len(tables)}"))
@@ -929,9 +1048,9 @@ def from_flax(tree):
     return state
 
 
-def our_name(path):
+def our_name(path, names=FLAX_NAMES):
     """LightningDiT_0/blocks_0/Attention_0/TorchLinear_0/Dense_0/kernel -> blocks.0.qkv.weight"""
-    for pattern, ours in FLAX_NAMES.items():
+    for pattern, ours in names.items():
         path = re.sub(pattern, ours, path)
     return path.replace("/", ".")
 
@@ -998,8 +1117,14 @@ def run_script(main):
     try:
         start_processes()
         main()
+        sys.stdout.flush()
     except UsageError as error:
         raise SystemExit(f"{script}: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # as shells count it
+    except BrokenPipeError:  # nobody reads on, as after `| head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except Exception as error:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise SystemExit(f"{script}: {error}: make room, and run the same command again; what "
@@ -1023,8 +1148,8 @@ def start_processes():
     # If it were imported after the group exists, its default arguments would keep the group's
     # threads alive until the interpreter ends, which then aborts.
     from torch.distributed.nn import functional  # noqa: F401
-    # How long the others wait for a process that is lost, or slower.
-    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+    # How long the others wait for a process that has stopped, or is as much slower.
+    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
 
 
 def get_rank():

@@ -60,7 +60,7 @@ MAX_PIXELS = 100_000_000
 MAX_BYTES = 1_000_000_000
 Image.MAX_IMAGE_PIXELS = None  # PIL's own limit is twice its warning's; ours says its name
 DIGITS = Path(__file__).parent / "assets" / "digits.npz"
-KINDS = {"pixels": "uint8", "latents": "float16"}
+KINDS = {"pixels": ("uint8", 4), "latents": ("float16", 5)}  # dtype and axes of images.bin
 
 
 # --------------------------------------------------------------------------------------------
@@ -77,27 +77,20 @@ class Dataset:
         if not (path / "meta.json").is_file():
             raise UsageError(f"{path}: no prepared data there; make it with: python "
                              f"prepare_data.py --data SOURCE --out {folder}")
-        try:
+        with reading(path, "cannot be read, prepare it again"):
             self.meta = json.loads((path / "meta.json").read_text())
+            dtype, axes = KINDS[self.meta["kind"]]
             shape = tuple(self.meta["shape"])
-            dtype = np.dtype(KINDS[self.meta["kind"]])
-            expected = math.prod(shape) * dtype.itemsize
-            size = (path / "images.bin").stat().st_size
-            if len(shape) != {"pixels": 4, "latents": 5}[self.meta["kind"]]:
-                raise ValueError(f"shape {list(shape)} of {self.meta['kind']}")
-            if size != expected:
-                raise ValueError(f"images.bin has {size} bytes, its meta.json says {expected}")
             self.images = np.memmap(path / "images.bin", dtype, "r", shape=shape)
             # As a map, which does not take memory by what a damaged header says.
-            labels = np.array(np.load(path / "labels.npy", mmap_mode="r", allow_pickle=False))
-            in_order = (np.diff(labels) >= 0).all()
-            in_range = labels[0] >= 0 and labels[-1] < self.num_classes
-            if labels.shape != shape[:1] or not in_order or not in_range:
-                raise ValueError("labels.npy does not fit meta.json")
-            self.index(labels)
-        except Exception as error:
-            raise UsageError(f"{path}: cannot be read ({one_line(error)}): prepare it "
-                             "again") from error
+            self.index(np.array(np.load(path / "labels.npy", mmap_mode="r")))
+            count = self.count.tolist()
+            if ((path / "images.bin").stat().st_size != self.images.nbytes or len(shape) != axes
+                    or self.labels.shape != shape[:1] or (np.diff(self.labels) < 0).any()
+                    or not isinstance(self.meta["classes"], list)
+                    or len(count) != self.num_classes
+                    or self.meta.get("images_per_class", count) != count):
+                raise ValueError("images.bin, labels.npy and meta.json do not fit each other")
         self.shape = shape[1:]
         if self.meta["kind"] == "latents":
             self.shape = (shape[2] // 2, *shape[3:])
@@ -149,8 +142,9 @@ class Dataset:
         return mean + std * noise
 
     def draw(self, label, n, rng):
-        """n ids of one class, without replacement; rng: numpy Generator."""
-        return self.first[label] + rng.choice(self.count[label], n, replace=False, shuffle=False)
+        """n ids of one class, without replacement unless it has fewer; rng: numpy Generator."""
+        count = self.count[label]
+        return self.first[label] + rng.choice(count, n, replace=n > count, shuffle=False)
 
     def draw_any(self, n, rng):
         """n ids of any class, without replacement."""
@@ -162,14 +156,9 @@ class Dataset:
         It has no state, so resuming is free; and processes that take neighbouring pieces of a
         step's n ids never read the same sample in an epoch.
         """
-        pieces = []
-        while n > 0:
-            epoch, offset = divmod(start, len(self))
-            piece = shuffled(len(self), seed, epoch)[offset:offset + n]
-            pieces.append(piece)
-            start += len(piece)
-            n -= len(piece)
-        return np.concatenate(pieces)
+        epoch, place = np.divmod(np.arange(start, start + n), len(self))
+        return np.concatenate([shuffled(len(self), seed, e)[place[epoch == e]]
+                               for e in np.unique(epoch).tolist()])
 
 
 @functools.lru_cache(maxsize=2)  # of a million ids it takes longer than a batch
@@ -201,11 +190,21 @@ def prefetch(function, steps):
             yield ahead.result()
 
 
+@contextlib.contextmanager
+def reading(path, problem):
+    """Around the reading of a foreign file, where every error is the file's fault: a UsageError."""
+    try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise ValueError("a pipe or a device")  # which would be waited for
+        yield
+    except Exception as error:
+        raise UsageError(f"{path}: {problem} ({one_line(error)})") from error
+
+
 # --------------------------------------------------------------------------------------------
 # Where images come from. A source is a function that returns
 #     {split: [(class, item), ...]}   a class is a name or a number, an item what `load` takes
-#     load(item) -> PIL image         called by several threads; raises BrokenImage for bad files
-#     load.checksum(item) -> int      of what the item holds
+#     load, an `Images`               load(item) -> PIL image; raises BrokenImage for bad files
 # A new data set is such a function, and two lines in open_source.
 
 def open_source(data):
@@ -219,7 +218,8 @@ def open_source(data):
         return digits()
     if path.is_dir():
         if (path / "train_moments.npy").is_file():
-            return cached_latents(path)
+            load = CachedLatents(path)
+            return {"train": load.items}, load
         if any(path.glob("t*-images?idx3-ubyte*")):
             return idx_files(path)
         return class_folders(path)
@@ -228,18 +228,48 @@ def open_source(data):
     return class_zip(path)
 
 
+class Images:
+    """`load` of a source, for several threads. read(item): bytes of a file, or array of pixels."""
+
+    def __init__(self, read):
+        self.read = read
+
+    def __call__(self, item):
+        data = self.read(item)
+        if isinstance(data, bytes):
+            return open_image(data)
+        return Image.fromarray(data)
+
+    def checksum(self, item):
+        """Of what the item holds, whatever its name and time; 0 where it cannot be read."""
+        try:
+            return zlib.crc32(bytes(self.read(item)))
+        except BrokenImage:
+            return 0
+
+
+def from_arrays(splits):
+    """A source of {split: (images uint8 [N, H, W] or [N, H, W, 3], labels [N])}."""
+    items = {}
+    pixels = {}
+    for split, (images, labels) in splits.items():
+        names = [f"{split} {i}" for i in range(len(labels))]
+        items[split] = list(zip(np.asarray(labels).tolist(), names))
+        pixels.update(zip(names, images))
+    return items, Images(pixels.__getitem__)
+
+
 def digits():
-    return from_arrays({split: (pixels[:, 0], labels)
-                        for split, (pixels, labels) in embedded_digits().items()})
+    return from_arrays(embedded_digits())
 
 
 def embedded_digits():
-    """{split: (images uint8 [N, 1, 8, 8], labels)}: every fifth image of a class is held out."""
-    with np.load(DIGITS, allow_pickle=False) as file:
+    """{split: (images uint8 [N, 8, 8], labels)}: every fifth image of a class is held out."""
+    with np.load(DIGITS) as file:
         order = np.argsort(file["labels"], kind="stable")
         labels = file["labels"][order].astype(np.int64)
         greys = file["images"][order].astype(np.float32)  # 0 to 16
-    images = np.round(greys * (255 / 16)).astype(np.uint8)[:, None]
+    images = np.round(greys * (255 / 16)).astype(np.uint8)
     place = np.arange(len(labels)) - np.searchsorted(labels, labels)  # 0, 1, ... within its class
     test = place % 5 == 4
     return {"train": (images[~test], labels[~test]), "test": (images[test], labels[test])}
@@ -261,16 +291,13 @@ def idx_files(path):
 
 def read_idx(path, axes):
     """A file's bytes as uint8 array; before them are its type (8), its axes, and their lengths."""
-    try:
+    with reading(path, f"not an idx file of {axes} axes of bytes"):
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             kind, *shape = np.frombuffer(file.read(4 + 4 * axes), ">u4").tolist()
             size = math.prod(shape)
             if kind != 8 * 256 + axes or not 0 < size < 1 << 32:
                 raise ValueError(f"type {kind:#x}, shape {shape}")
             return np.frombuffer(file.read(size), np.uint8).reshape(shape)
-    except Exception as error:
-        raise UsageError(f"{path}: not an idx file of {axes} axes of bytes "
-                         f"({one_line(error)})") from error
 
 
 def cifar(path):
@@ -278,105 +305,67 @@ def cifar(path):
 
     The last label is the class. Classes are in alphabetical order there, as here.
     """
+    names = "batches.meta.txt"
+    parts = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
     splits = {}
-    try:
-        with tarfile.open(path) as archive:
-            members = {Path(member.name).name: member for member in archive}
-
-            def read(name):
-                return archive.extractfile(members[name]).read(1 << 28)
-            parts = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)],
-                     "test": ["test_batch.bin"]}
-            names = "batches.meta.txt"
-            width = 1 + 3 * 32 * 32
-            if "fine_label_names.txt" in members:
-                parts = {"train": ["train.bin"], "test": ["test.bin"]}
-                names = "fine_label_names.txt"
-                width += 1
-            classes = read(names).decode().split()
-            for split, part in parts.items():
-                rows = np.frombuffer(b"".join(map(read, part)), np.uint8).reshape(-1, width)
-                images = rows[:, -3072:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-                splits[split] = (images, [classes[label] for label in rows[:, -3073]])
-    except Exception as error:
-        raise UsageError(f"{path}: no binary archive of CIFAR ({one_line(error)}); take "
-                         "cifar-10-binary.tar.gz or cifar-100-binary.tar.gz, the python ones are "
-                         "pickles, which could run any program") from error
+    with reading(path, "no binary archive of CIFAR; take cifar-10-binary.tar.gz or "
+                 "cifar-100-binary.tar.gz, the python ones are pickles, which could run any "
+                 "program"), tarfile.open(path) as archive:
+        files = {Path(member.name).name: archive.extractfile(member) for member in archive}
+        width = 1 + 3 * 32 * 32
+        if "fine_label_names.txt" in files:
+            names = "fine_label_names.txt"
+            parts = {"train": ["train.bin"], "test": ["test.bin"]}
+            width += 1
+        classes = files[names].read(10_000).decode().split()
+        for split, part in parts.items():
+            data = b"".join(files[name].read(1 << 28) for name in part)
+            rows = np.frombuffer(data, np.uint8).reshape(-1, width)
+            images = rows[:, -3072:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+            splits[split] = (images, [classes[label] for label in rows[:, -3073]])
     return from_arrays(splits)
 
 
-def from_arrays(splits):
-    """A source of {split: (images uint8 [N, H, W] or [N, H, W, 3], labels [N])}."""
-    items = {}
-    images_by_name = {}
-    for split, (images, labels) in splits.items():
-        names = [f"{split} {i}" for i in range(len(labels))]
-        items[split] = list(zip(np.asarray(labels).tolist(), names))
-        images_by_name.update(zip(names, images))
-    return items, ArrayImages(images_by_name)
-
-
-class ArrayImages:
-    """`load` of a source whose images are in memory."""
-
-    def __init__(self, images):
-        self.images = images
-
-    def __call__(self, name):
-        return Image.fromarray(np.ascontiguousarray(self.images[name]))
-
-    def checksum(self, name):
-        return zlib.crc32(self.images[name].tobytes())
-
-
-def cached_latents(path):
-    """Latents of another project: train_moments.npy, train_moments_flip.npy, train_targets.npy."""
-    load = CachedLatents(path)
-    labels = load.targets.tolist()
-    return {"train": list(zip(labels, range(len(labels))))}, load
-
-
-class CachedLatents:
-    """`load` of cached latents, and what stands in place of `Latents`.
+class CachedLatents(Images):
+    """`load` of another project's latents, and what stands in place of `Latents`.
 
     The files hold float32 [N, H, W, 4], one draw of the posterior times 0.18215 of each image and
     its mirror image. It becomes the mean, with a std of 0: no visit draws anew.
     """
 
     def __init__(self, path):
-        try:
+        with reading(path, "no cache of latents"):
             self.draws = [np.load(path / f"train_moments{view}.npy", mmap_mode="r")
                           for view in ("", "_flip")]
-            self.targets = np.array(np.load(path / "train_targets.npy", mmap_mode="r"))
-            shape = self.draws[0].shape
-            if self.draws[1].shape != shape or len(shape) != 4 or shape[3] != 4:
-                raise ValueError(f"shapes {shape} and {self.draws[1].shape}, not [N, H, W, 4]")
-            if self.targets.shape != shape[:1] or self.targets.dtype.kind not in "iu":
-                raise ValueError(f"targets {self.targets.dtype} {self.targets.shape}")
-        except Exception as error:
-            raise UsageError(f"{path}: no cache of latents ({one_line(error)})") from error
+            targets = np.load(path / "train_targets.npy", mmap_mode="r")
+            shapes = [array.shape for array in (*self.draws, targets)]
+            n, height, _, channels = shapes[0]
+            if shapes != [shapes[0], shapes[0], (n,)] or channels != 4:
+                raise ValueError(f"shapes {shapes}, not twice [N, H, W, 4] and [N]")
+            if targets.dtype.kind not in "iu":
+                raise ValueError(f"targets are {targets.dtype}")
+            self.items = list(zip(targets.tolist(), range(n)))
         std = self.draws[0][:1000].std()
         if not 0.2 < std < 3:
             raise UsageError(f"{path}: latents of std {std:.2f}, where 1 is usual: are they "
                              f"multiplied by {LATENT_SCALE}?")
-        self.meta = {"kind": "latents", "views": "plain, mirrored", "size": 8 * shape[1],
+        self.meta = {"kind": "latents", "views": "plain, mirrored", "size": 8 * height,
                      "scale": LATENT_SCALE, "noise": "fixed"}
         note(f"{path}: one draw of each image's latents: their noise is fixed (std 0)")
 
-    def __call__(self, i):
-        return np.stack([draws[i] for draws in self.draws])
-
-    def checksum(self, i):
-        return zlib.crc32(self(i).tobytes())
-
-    def views(self, draws, i):
+    def read(self, i):
+        draws = np.stack([draws[i] for draws in self.draws])
         if not np.abs(draws).max() < 60000:  # also of NaN; float16 ends there
             raise BrokenImage("latents that are not finite in float16")
         mean = draws.transpose(0, 3, 1, 2).astype(np.float16)
         return np.concatenate([mean, np.zeros_like(mean)], 1)
 
-    def encode(self, views):
-        return np.stack(views)
+    __call__ = read
+
+    def views(self, array, i):
+        return array
+
+    encode = staticmethod(np.stack)
 
 
 # Folders and zips of image files
@@ -384,48 +373,45 @@ class CachedLatents:
 def class_folders(path):
     """Links to folders are followed, and each real folder is read once, by its own name first."""
     names = []
-    read = {str(parent) for parent in path.resolve().parents}  # such a link would find us again
+    visited = {str(parent) for parent in path.resolve().parents}  # such a link would find us again
     folders = [""]
     links = []
-    irregular = 0
     while folders or links:
-        folder = folders.pop() if folders else links.pop()
+        folder = (folders or links).pop()
         real = os.path.realpath(path / folder)
-        if real in read:
+        if real in visited:
             continue
-        read.add(real)
-        try:
-            entries = [entry for entry in os.scandir(path / folder) if not hidden(entry.name)]
-        except OSError as error:
-            raise UsageError(f"{path / folder}: cannot be read ({one_line(error)})") from error
-        for entry in sorted(entries, key=lambda entry: entry.name, reverse=True):
+        visited.add(real)
+        with reading(path / folder, "cannot be read"), os.scandir(path / folder) as entries:
+            entries = sorted(entries, key=lambda entry: entry.name, reverse=True)
+        for entry in entries:
             name = folder + entry.name
             if entry.is_dir():
-                names.append(name + "/")
-                waiting = links if entry.is_symlink() else folders
-                waiting.append(name + "/")
-            elif entry.is_file():
-                names.append(name)
-            else:
-                irregular += 1
-    if irregular:
-        note(f"{path}: {irregular} pipes, devices or links to nothing are left out")
+                name += "/"
+                if not hidden(name):
+                    waiting = links if entry.is_symlink() else folders
+                    waiting.append(name)
+            elif not entry.is_file():
+                name += " (a pipe, a device or a link to nothing)"
+            names.append(name)
     return by_class(path, names, lambda name: open(path / name, "rb"))
 
 
 def class_zip(path):
-    try:
+    members = {}
+    with reading(path, "neither a folder nor a whole .zip"):
         # Not by its name: then it would count its readers, which is not safe among threads.
         archive = zipfile.ZipFile(open(path, "rb"))
-    except Exception as error:
-        raise UsageError(f"{path}: neither a folder nor a whole .zip "
-                         f"({one_line(error)})") from error
-    members = {}
-    for member in archive.infolist():
-        name = PurePosixPath(member.filename.replace("\\", "/").lstrip("/")).as_posix()
-        members[name + "/" if member.is_dir() else name] = member
-    checksums = {name: member.CRC for name, member in members.items()}
-    return by_class(path, members, lambda name: archive.open(members[name]), checksums)
+        for member in archive.infolist():
+            name = PurePosixPath(member.filename.replace("\\", "/").lstrip("/")).as_posix()
+            members[name + "/" if member.is_dir() else name] = member
+            # A damaged directory: an entry that swallows the next one, or a name that is not the
+            # one beside the member, which opening compares. An image is opened when it is read.
+            if b"PK\1\2" in member.extra + member.comment:
+                raise zipfile.BadZipFile(f"the directory is damaged at {name}")
+            if hidden(name) or not name.lower().endswith(EXTENSIONS):
+                archive.open(member).close()
+    return by_class(path, members, lambda name: archive.open(members[name]))
 
 
 def hidden(name):
@@ -433,36 +419,7 @@ def hidden(name):
     return any(part.startswith((".", "@")) or part == "__MACOSX" for part in name.split("/"))
 
 
-class ImageFiles:
-    """`load` of a source of files. open_file: name -> binary file; checksums: where listed."""
-
-    def __init__(self, open_file, checksums):
-        self.open_file = open_file
-        self.checksums = checksums
-
-    def read(self, name):
-        try:
-            with self.open_file(name) as file:
-                data = file.read(MAX_BYTES + 1)
-        except Exception as error:  # zip alone has six kinds, by its compressions and passwords
-            raise BrokenImage(one_line(error)) from error
-        if len(data) > MAX_BYTES:
-            raise BrokenImage(f"more than MAX_BYTES = {MAX_BYTES:,} of prepare_data.py")
-        return data
-
-    def __call__(self, name):
-        return open_image(self.read(name))
-
-    def checksum(self, name):
-        if self.checksums:
-            return self.checksums[name]
-        try:
-            return zlib.crc32(self.read(name))
-        except BrokenImage:
-            return 0
-
-
-def by_class(path, names, open_file, checksums=None):
+def by_class(path, names, open_file):
     """A source of files named [SPLIT/]CLASS/*.jpg; the name of a folder ends with a slash.
 
     Classes are right above their images. What might be read in two ways is refused.
@@ -471,35 +428,27 @@ def by_class(path, names, open_file, checksums=None):
     images = [name for name in names if name.lower().endswith(EXTENSIONS)]
     if not images:
         raise UsageError(f"{path}: no images there (looked for {' '.join(EXTENSIONS)})")
-    try:
+    with reading(path, "a name that is not UTF-8"):
         "\n".join(images).encode()
-    except UnicodeError as error:
-        raise UsageError(f"{path}: a name that is not UTF-8 ({one_line(error)})") from error
-    others = set(names).difference(images)
-    tell_of_others(path, images, others)
+    tell_of_others(path, images, sorted(set(names).difference(images)))
 
-    tops = {name.split("/")[0] for name in images if "/" in name}
-    of_folders = {name.split("/")[0] for name in images if name.count("/") > 1}
-    # `train` beside other classes is a class of trains, unless it holds folders itself.
-    if not all(top.lower() in SPLITS for top in tops):
-        tops = {top for top in of_folders if top.lower() in SPLITS}
-    groups = {"train": images}
-    if tops:
-        groups = {}
-        for top in sorted(tops):
-            split = SPLITS[top.lower()]
-            if split in groups:
-                raise UsageError(f"{path}: two folders are the split {split}, one is {top}")
-            groups[split] = [name for name in images if name.startswith(top + "/")]
-        beside = sorted({name.split("/")[0] for name in images} - tops)
-        if beside and "train" not in groups:
-            raise UsageError(f"{path}: {shortened(beside)} beside {shortened(sorted(tops))}, which "
-                             "are splits: move it, or rename them")
-        if beside:
-            note(f"{path}: left out, since they are beside the splits: {shortened(beside)}")
-    level = 1 if tops else 0
-    splits = {split: with_class(path, group, level) for split, group in groups.items()}
-
+    folders = {name.partition("/")[0] for name in images if "/" in name}
+    if not all(folder.lower() in SPLITS for folder in folders):
+        # `train` beside other classes is a class of trains, unless it holds folders itself.
+        folders = {name.partition("/")[0] for name in images if name.count("/") > 1}
+    prefixes = {f"{folder}/": SPLITS[folder.lower()] for folder in sorted(folders)
+                if folder.lower() in SPLITS}
+    prefixes = prefixes or {"": "train"}
+    splits = {}
+    for prefix, split in prefixes.items():
+        if split in splits:
+            raise UsageError(f"{path}: two folders are the split {split}, one is {prefix}")
+        splits[split] = with_class(path, prefix, [n for n in images if n.startswith(prefix)])
+    beside = {name.partition("/")[0] for name in images if not name.startswith(tuple(prefixes))}
+    if beside:
+        note(f"{path}: left out, since they are beside the splits: {shortened(sorted(beside))}")
+    if beside and "train" not in splits:
+        raise UsageError(f"{path}: its folders are neither splits nor classes: rename them")
     for split in sorted(splits.keys() - {"train"}):
         classes = {label for label, _ in splits[split]}
         strange = classes.difference(label for label, _ in splits.get("train", splits[split]))
@@ -507,42 +456,44 @@ def by_class(path, names, open_file, checksums=None):
             note(f"{path}: the split {split} is left out, since train lacks its classes "
                  f"{shortened(sorted(strange))}")
             del splits[split]
-    return splits, ImageFiles(open_file, checksums)
+
+    def read(name):
+        try:
+            with open_file(name) as file:
+                data = file.read(MAX_BYTES + 1)
+        except Exception as error:  # zip alone has six kinds, by its compressions and passwords
+            raise BrokenImage(one_line(error)) from error
+        if len(data) > MAX_BYTES:
+            raise BrokenImage(f"more than MAX_BYTES = {MAX_BYTES:,} of prepare_data.py")
+        return data
+    return splits, Images(read)
 
 
-def with_class(path, names, level):
-    """[(class, name)] of a split's images; level: how many folders are above the classes."""
-    rows = []
-    below = set()
-    for name in names:
-        folders = name.split("/")[level:-1]
-        rows.append((folders[0] if folders else None, name))
-        below.add("/".join(folders[1:]))
-    classes = {label for label, _ in rows}
-    if classes == {None}:
+def with_class(path, prefix, names):
+    """[(class, name)] of a split's images, whose names begin with the prefix."""
+    folders = {name: name.removeprefix(prefix).split("/")[:-1] for name in names}
+    if not any(folders.values()):
         note(f"{path}: images without class folders: they are one class")
         return [("images", name) for name in names]
-    if None in classes:
-        name = next(name for label, name in rows if label is None)
-        raise UsageError(f"{path}: {name} is in no class folder, others are")
     # Tiny ImageNet's train/CLASS/images/*.jpg can be meant in one way only.
-    if below != {""} and (len(below) > 1 or level == 0):
-        name = max(names, key=lambda name: name.count("/"))
+    below = {tuple(parents[1:]) for parents in folders.values()}
+    if not all(folders.values()) or len(below) > 1 or (below != {()} and not prefix):
+        name = next(name for name, parents in folders.items() if len(parents) != 1)
         raise UsageError(f"{path}: which folders are the classes? They must be at the top, and "
-                         f"hold images and no folders; {name} is deeper")
-    return rows
+                         f"hold images and no folders; {name} is elsewhere")
+    return [(parents[0], name) for name, parents in folders.items()]
 
 
 def tell_of_others(path, images, others):
     """Notes what the source holds beside images: files of other kinds, folders without images."""
-    kinds = {PurePosixPath(name).suffix or name for name in others if not name.endswith("/")}
-    count = sum(not name.endswith("/") for name in others)
-    if count:
-        note(f"{path}: {count} files are no images and left out: {shortened(sorted(kinds))}")
-    with_images = {f"{parent}/" for name in images for parent in PurePosixPath(name).parents}
-    empty = {name for name in others if name.endswith("/")} - with_images
+    files = [name for name in others if not name.endswith("/")]
+    if files:
+        kinds = sorted({PurePosixPath(name).suffix or name for name in files})
+        note(f"{path}: {len(files)} files are no images and left out: {shortened(kinds)}")
+    filled = {f"{folder}/" for name in images for folder in PurePosixPath(name).parents}
+    empty = [name for name in others if name.endswith("/") and name not in filled]
     if empty:
-        note(f"{path}: {len(empty)} folders without images: {shortened(sorted(empty))}")
+        note(f"{path}: {len(empty)} folders without images: {shortened(empty)}")
 
 
 def shortened(names):
@@ -582,6 +533,7 @@ def open_image(data):
     range is not known, as in TIFF's integers of 32 bits and floats.
     """
     try:
+        Image.open(io.BytesIO(data)).verify()  # checksums of PNG, which decoding passes over
         image = Image.open(io.BytesIO(data))
         if math.prod(image.size) > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, more than MAX_PIXELS = "
@@ -601,11 +553,6 @@ def open_image(data):
         return image.convert("RGB")
     except Exception as error:  # PIL has many kinds for a damaged file
         raise BrokenImage(one_line(error)) from error
-
-
-def decode(data, size, channels):
-    """Encoded image -> uint8 [channels, size, size], see `open_image` and `to_array`."""
-    return to_array(open_image(data), size, channels)
 
 
 def to_array(image, size=None, channels=None):
@@ -656,11 +603,9 @@ def crop_resize(x, boxes, flips):
     boxes = boxes / [width / 2, height / 2, width / 2, height / 2] - 1
     left, top, right, bottom = upload(boxes, x.device).to(x.dtype).unbind(1)
     mirror = torch.where(upload(flips, x.device), -1, 1)
-    theta = x.new_zeros(len(x), 2, 3)
-    theta[:, 0, 0] = mirror * (right - left) / 2
-    theta[:, 0, 2] = (left + right) / 2
-    theta[:, 1, 1] = (bottom - top) / 2
-    theta[:, 1, 2] = (top + bottom) / 2
+    zero = torch.zeros_like(left)
+    theta = torch.stack([mirror * (right - left) / 2, zero, (left + right) / 2,
+                         zero, (bottom - top) / 2, (top + bottom) / 2], 1).view(-1, 2, 3)
     grid = F.affine_grid(theta, x.shape, align_corners=False)
     return F.grid_sample(x, grid, "bicubic", "border", align_corners=False).clamp(-1, 1)
 
@@ -668,8 +613,22 @@ def crop_resize(x, boxes, flips):
 # --------------------------------------------------------------------------------------------
 # Writing, by any number of processes. A split that is not whole yet is the folder OUT/SPLIT.tmp:
 #     images.bin    from the start a place for each image
-#     done          for each block of images 0, or its checksum once it is written and synced
 #     meta.json     what it is made of, so that other images or options are refused
+#     done          for each block of images 0, or its checksum once it is written and synced
+
+class Pixels:
+    """Images as they are, or centre crops of `size`; channels: 1, 3, or None, as they are."""
+
+    meta = {"kind": "pixels"}
+    encode = staticmethod(np.stack)
+
+    def __init__(self, size=None, channels=None):
+        self.size = size
+        self.channels = channels
+
+    def views(self, image, i):
+        return to_array(image, self.size, self.channels)
+
 
 class Latents:
     """Images through the VAE: plain and mirrored, or random crops.
@@ -716,41 +675,32 @@ class Latents:
         return moments.unflatten(0, x.shape[:2]).cpu().numpy()
 
 
-def prepare(source, out, size=None, channels=None, skip_broken=False, latents=None, workers=1):
+def prepare(source, out, size=None, channels=None, skip_broken=False, latents=None):
     """Write OUT/SPLIT for every split of the source; one that is there already is left as it is.
 
-    All processes call it and share the work. size: of centre crops; channels: 1 or 3 (None: as the
-    images are). latents: Latents, in place of pixels. workers: threads of a process that decode.
-    Raises UsageError for a broken image, unless skip_broken leaves it out.
+    All processes call it and share the work. size, channels: see `Pixels`. latents: `Latents`, in
+    place of pixels. Raises UsageError for a broken image, unless skip_broken leaves it out.
     """
     splits, load = on_all_ranks(open_source, source)
-    if isinstance(load, CachedLatents):
-        latents = load
     classes = sorted({label for items in splits.values() for label, _ in items}, key=natural)
     number_of = {label: i for i, label in enumerate(classes)}
-    meta = {"kind": "pixels", "classes": [str(label) for label in classes]}
-    if latents is not None:
-        meta.update(latents.meta)
     note("classes: " + shortened([f"{i} {label}" for label, i in number_of.items()]))
     if len(classes) == 1:
         note("one class: guidance and its alpha mean nothing")
-
-    def view(item, i):
-        image = load(item)
-        if latents is not None:
-            return latents.views(image, i)
-        return to_array(image, size, channels)
-
-    encode = np.stack if latents is None else latents.encode
     # Where all is there already, a folder that is shared and read-only will do.
     whole = gather(all((Path(out) / split).exists() for split in splits))[0]
     with contextlib.nullcontext() if whole else on_all_ranks(claim, out):
+        form = latents or Pixels(size, channels)
+        if isinstance(load, CachedLatents):
+            form = load
+        # Always in the same order, since a Dataset's fingerprint is of the file's text.
+        meta = {"kind": form.meta["kind"], "classes": [str(label) for label in classes]}
+        meta |= form.meta
         for split, items in splits.items():
-            items.sort(key=lambda pair: number_of[pair[0]])  # keeps the order within a class
+            items.sort(key=lambda item: number_of[item[0]])  # keeps the order within a class
             labels = np.array([number_of[label] for label, _ in items])
-            items = [item for _, item in items]
-            write_split(Path(out) / split, meta, items, labels, load.checksum, view, encode,
-                        skip_broken, workers)
+            write_split(Path(out) / split, meta, [item for _, item in items], labels, load, form,
+                        skip_broken)
 
 
 def claim(folder):
@@ -759,171 +709,165 @@ def claim(folder):
         return contextlib.nullcontext()
     folder = Path(folder)
     try:
-        if folder.resolve() == folder.resolve().parent:
+        if not folder.resolve().name:
             raise OSError("the root of the file system")
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UsageError(f"another run writes to {folder}: wait for it, or end it") from error
     except OSError as error:
         raise UsageError(f"{folder}: no place to write to ({one_line(error)})") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.close()
-        raise UsageError(f"another run writes to {folder}: wait for it, or end it") from error
     return lock
 
 
-def write_split(folder, meta, items, labels, checksum, view, encode, skip_broken, workers):
-    """Rows encode([view(items[0], 0), view(items[1], 1), ...]) -> the folder."""
+def write_split(folder, meta, items, labels, load, form, skip_broken):
+    """Rows form.encode([form.views(load(items[0]), 0), ...]) -> the folder."""
     partial = folder.with_name(folder.name + ".tmp")
-    names = [str(item) for item in items]
     n = len(items)
     # A 64th of all, so that every process has its part, but no more than memory holds.
     size = min(max(n // 64, 16), 256)
     blocks = [range(start, min(start + size, n)) for start in range(0, n, size)]
+    first = on_all_ranks(first_view, items, load, form)
+    row = on_all_ranks(form.encode, [first])[0]
+    files = hashlib.sha256("\n".join(map(str, items)).encode()).hexdigest()
+    broken = {}
 
-    def view_or_reason(i):
+    def view(i):
+        """Of image i. In place of a broken one stands the first one, until it is taken out."""
         try:
-            return view(items[i], i)
+            views = form.views(load(items[i]), i)
         except BrokenImage as error:
-            return error
+            broken[i] = str(error)
+            return first
+        if views.shape != first.shape:
+            raise UsageError(f"{items[i]} is {list(views.shape)}, the first image "
+                             f"{list(first.shape)}: give one --size")
+        return views
 
-    first = on_all_ranks(first_view, folder, n, view_or_reason)
-    row = on_all_ranks(encode, [first])[0]
-    sums = checksums(blocks, items, checksum, workers)
-    meta = {**meta, "files": hashlib.sha256("\n".join(names).encode()).hexdigest(),
-            "content": hashlib.sha256(sums.tobytes()).hexdigest(),
-            "dtype": str(row.dtype), "shape": [n, *row.shape]}
-    if not on_all_ranks(begin, folder, partial, meta, n * row.nbytes, sums.nbytes):
-        return
-    broken = on_all_ranks(fill, partial, blocks, sums, names, view_or_reason, encode, first,
-                          workers)
-    for others in gather(broken):
-        broken.update(others)
-    on_all_ranks(finish, folder, partial, meta, names, labels, broken, skip_broken)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that share the machine
+    with ThreadPoolExecutor(max(1, os.cpu_count() // here)) as pool:
+        sums = checksums(blocks, items, load, pool)
+        meta = {**meta, "files": files, "content": hashlib.sha256(sums.tobytes()).hexdigest(),
+                "dtype": str(row.dtype), "shape": [n, *row.shape]}
+        on_all_ranks(check_meta, folder, meta)
+        if folder.exists():
+            return
+        on_all_ranks(begin, partial, meta, n * row.nbytes, sums)
+        on_all_ranks(fill, partial, blocks, sums, view, form.encode, broken, pool)
+    broken = dict(sorted(pair for part in gather(broken) for pair in part.items()))
+    on_all_ranks(finish, folder, partial, meta, items, labels, broken, skip_broken)
 
 
-def first_view(folder, n, view_or_reason):
+def first_view(items, load, form):
     """The first image that is not broken: all others have its shape."""
-    for i in range(n):
-        view = view_or_reason(i)
-        if not isinstance(view, BrokenImage):
-            if view.shape[-1] != view.shape[-2]:
-                raise UsageError(f"images are {view.shape[-1]} x {view.shape[-2]} pixels, training "
-                                 "needs squares: give --size")
-            return view
-    raise UsageError(f"{folder}: none of its images can be read ({view})")
+    for i, item in enumerate(items):
+        try:
+            view = form.views(load(item), i)
+        except BrokenImage as error:
+            reason = error
+            continue
+        if view.shape[-1] != view.shape[-2]:
+            raise UsageError(f"{item} has {view.shape[-1]} x {view.shape[-2]} pixels, training "
+                             "needs squares: give --size")
+        return view
+    raise UsageError(f"none of the images can be read ({item}: {reason})")
 
 
-def checksums(blocks, items, checksum, workers):
+def checksums(blocks, items, load, pool):
     """uint32 [blocks]: of what the images of each block hold, never 0.
 
-    By content, since a copied folder has other times, and a changed .bmp the same size. A folder
-    is read once more for it, which is a small part of the decoding's time; a .zip lists its sums.
+    By content, since a copied folder has other times, and a changed .bmp the same size. The source
+    is read once more for it, which is a small part of the decoding's time.
     """
     sums = np.zeros(len(blocks), np.uint32)
-    with ThreadPoolExecutor(workers) as pool:
-        for b in range(get_rank(), len(blocks), world_size()):
-            parts = list(pool.map(checksum, [items[i] for i in blocks[b]]))
-            sums[b] = max(1, zlib.crc32(np.array(parts, np.uint32).tobytes()))
+    for b in range(get_rank(), len(blocks), world_size()):
+        parts = list(pool.map(load.checksum, [items[i] for i in blocks[b]]))
+        sums[b] = max(1, zlib.crc32(np.array(parts, np.uint32)))
     return np.max(gather(sums), 0)
 
 
-def begin(folder, partial, meta, size, done_size):
-    """Makes the folder to fill, unless it is there. Returns False where the split is whole."""
-    for file in (folder / "meta.json", partial / "meta.json"):
-        if file.is_file():
-            try:
-                before = dict(json.loads(file.read_text()))
-                shape = list(before["shape"])
-            except Exception as error:
-                raise UsageError(f"{file}: cannot be read ({one_line(error)}): remove "
-                                 f"{file.parent}") from error
-            # The number of images may be less by the broken ones. Blocks of changed images are
-            # made again, whole splits are not; those of before had no checksums.
-            exempt = ["shape", "content"] if file.parent == partial else ["shape"]
-            before.setdefault("content", meta["content"])
-            same = all(before.get(key) == meta[key] for key in meta if key not in exempt)
-            if not same or shape[1:] != meta["shape"][1:]:
-                raise UsageError(f"{file.parent} is of other images or options: remove it, or "
-                                 "choose another --out")
-    if folder.exists():
-        return False
+def check_meta(folder, meta):
+    """Raises UsageError where a folder is there and was made of something else."""
+    file = folder / "meta.json"
+    if not file.is_file():
+        return
+    with reading(file, f"cannot be read, remove {folder}"):
+        before = json.loads(file.read_text())
+        # The number of images may be less by the broken ones. Older data lack some keys.
+        same = before["shape"][1:] == meta["shape"][1:] and all(
+            before.get(key, meta[key]) == meta[key] for key in meta if key != "shape")
+    if not same:
+        raise UsageError(f"{folder} is of other images or options: remove it, or choose another "
+                         "--out")
+
+
+def begin(partial, meta, size, sums):
+    """Rank 0 makes the folder to fill, unless it is there.
+
+    Its meta.json does not say what the images hold: blocks whose images changed are made again.
+    """
+    meta = {key: value for key, value in meta.items() if key != "content"}
+    check_meta(partial, meta)
     images = partial / "images.bin"
-    # It is smaller if a run was killed just after it took broken images out.
-    wanted = {"images.bin": size, "done": done_size}
-    there = (partial / "meta.json").is_file() and all(
-        (partial / name).is_file() and (partial / name).stat().st_size == size
-        for name, size in wanted.items())
-    if get_rank() == 0 and not there:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        free = shutil.disk_usage(partial).free
-        if free < size:
-            raise UsageError(f"{partial} needs {size / 1e9:.2f} GB, the disk has {free / 1e9:.2f}")
-        images.touch()
-        os.truncate(images, size)
-        with whole_file(partial / "done") as f:
-            f.write(bytes(done_size))
-        with whole_file(partial / "meta.json") as f:
-            f.write(json.dumps(meta).encode())
-    return True
+    done = partial / "done"
+    # images.bin is smaller if a run was killed just after it took broken images out.
+    there = done.is_file() and (images.stat().st_size, done.stat().st_size) == (size, sums.nbytes)
+    barrier()  # all have looked before it is made
+    if get_rank() > 0 or there:
+        return
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    with open(images, "wb") as f:
+        f.truncate(size)
+    with whole_file(partial / "meta.json") as f:
+        f.write(json.dumps(meta).encode())
+    with whole_file(done) as f:
+        f.write(bytes(sums.nbytes))
 
 
-def fill(partial, blocks, sums, names, view_or_reason, encode, first, workers):
-    """This process's part of the blocks that are not done. Returns {i: reason} of broken images.
+def fill(partial, blocks, sums, view, encode, broken, pool):
+    """This process's part of the blocks that are not done.
 
     A block with broken images is never marked as done: they may be mended at the next start.
     """
-    todo = np.flatnonzero(np.fromfile(partial / "done", np.uint32) != sums)
+    done = np.memmap(partial / "done", np.uint32, "r+")
+    todo = np.flatnonzero(done != sums)
     barrier()  # all have looked before the first marks something
     todo = todo[get_rank()::world_size()]
-    broken = {}
-    with (ThreadPoolExecutor(workers) as pool, open(partial / "images.bin", "r+b") as images,
-          open(partial / "done", "r+b") as done):
-        batches = prefetch(lambda b: list(pool.map(view_or_reason, blocks[b])), todo)
-        for b in tqdm(todo, str(partial), unit=" blocks", disable=get_rank() > 0):
-            views = next(batches)
-            for k, i in enumerate(blocks[b]):
-                if isinstance(views[k], BrokenImage):
-                    broken[i] = views[k]
-                    views[k] = first  # stands there until it is taken out
-                elif views[k].shape != first.shape:
-                    raise UsageError(f"{names[i]} is {list(views[k].shape)}, the first image "
-                                     f"{list(first.shape)}: give one --size")
+    batches = prefetch(lambda b: list(pool.map(view, blocks[b])), todo)
+    progress = tqdm(todo, str(partial), unit=" blocks", disable=get_rank() > 0)
+    with open(partial / "images.bin", "r+b") as images:
+        for b, views in zip(progress, batches):
             rows = encode(views)
             images.seek(blocks[b][0] * rows[0].nbytes)
             images.write(rows.tobytes())
             images.flush()
             os.fsync(images.fileno())
             if broken.keys().isdisjoint(blocks[b]):
-                done.seek(sums.itemsize * b)
-                done.write(sums[b].tobytes())
-                done.flush()
-    return broken
+                done[b] = sums[b]
 
 
-def finish(folder, partial, meta, names, labels, broken, skip_broken):
+def finish(folder, partial, meta, items, labels, broken, skip_broken):
     """Rank 0 takes broken images out, adds labels and meta.json, and gives the folder its name."""
     if get_rank() > 0:
         return
-    for i in sorted(broken):
-        print(f"{names[i]}: cannot be read ({broken[i]})")
+    for i, reason in broken.items():
+        print(f"{items[i]}: cannot be read ({reason})")
     if broken and not skip_broken:
         raise UsageError(f"{len(broken)} broken images: mend them, or leave them out with "
                          "--skip_broken; all others are kept for the next start")
     if broken:
         images = np.memmap(partial / "images.bin", meta["dtype"], "r", shape=tuple(meta["shape"]))
         with whole_file(partial / "images.bin") as f:
-            for i in range(len(images)):
-                if i not in broken:
-                    f.write(images[i].tobytes())
+            for i in np.delete(np.arange(len(images)), list(broken)):
+                f.write(images[i].tobytes())
         labels = np.delete(labels, list(broken))
     with whole_file(partial / "labels.npy") as f:
         np.save(f, labels)
     count = np.bincount(labels, minlength=len(meta["classes"]))
     meta.update(shape=[len(labels), *meta["shape"][1:]], images_per_class=count.tolist(),
-                skipped=[names[i] for i in sorted(broken)])
+                skipped=[items[i] for i in broken])
     with whole_file(partial / "meta.json") as f:
         f.write(json.dumps(meta, indent=1).encode())
     partial.rename(folder)
@@ -947,7 +891,6 @@ def parse(argv=None):
     add("--size", type=positive_int, help="side of centre crops (None: none; latents: 256)")
     add("--channels", type=int, choices=(1, 3), help="1: greyscale (None: 3, the digits' 1)")
     add("--skip_broken", action="store_true", help="leave broken images out, in place of an error")
-    add("--workers", type=positive_int, help="decoding threads of a process (None: its cores)")
     add("--vae", default=SD_VAE, help="folder or hf:// of the VAE (default: %(default)s)")
     add("--vae_chunk", type=positive_int, default=16, help="images that a GPU encodes at a time")
     add("--crops", type=number(int, least=0), default=0, help="random crops of each image, in "
@@ -968,15 +911,13 @@ def parse(argv=None):
 def main(argv=None):
     args = parse(argv)
     latents = None
-    cached = (Path(args.data) / "train_moments.npy").is_file()
-    if args.kind == "latents" and not cached:
-        torch.set_num_threads(1)  # on a CPU the bits would depend on their number
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        latents = on_all_ranks(Latents, args.vae, args.size or 256, args.vae_chunk, args.crops,
-                               args.seed, device)
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that share the machine
-    prepare(args.data, args.out, args.size, args.channels, args.skip_broken, latents,
-            args.workers or max(1, os.cpu_count() // here))
+    if args.kind == "latents" and not (Path(args.data) / "train_moments.npy").is_file():
+        with on_all_ranks(claim, args.out):  # before the VAE, which takes a while
+            torch.set_num_threads(1)  # on a CPU the bits would depend on their number
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            latents = on_all_ranks(Latents, args.vae, args.size or 256, args.vae_chunk,
+                                   args.crops, args.seed, device)
+    prepare(args.data, args.out, args.size, args.channels, args.skip_broken, latents)
 
 
 if __name__ == "__main__":

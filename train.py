@@ -1,6 +1,7 @@
 """Train an encoder (ResNet-MAE, A.3) and a generator (drifting, A.8-A.9): two stages, one loop.
 
     python train.py --preset digits                            # data, encoder, generator: minutes
+    python train.py --preset small --data my.zip --size 32     # the same of your images
     torchrun --nproc_per_node 8 train.py --preset cifar10      # the same on several processes
     python train.py --preset digits --gen 32 --out runs/wide   # a preset, changed
     python train.py --preset latent_L --dry_run                # one step, measured, on random data
@@ -10,6 +11,7 @@ samples_*.png, log.jsonl and options.json. The same command again resumes. What 
 depends on (seed, step) alone, whatever the number of processes and micro-batches.
 """
 import argparse
+import contextlib
 import copy
 import json
 import math
@@ -27,6 +29,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
@@ -105,23 +108,29 @@ PRESETS = {
         patch_size=4, labels=10, gen=24, pos=48, uncond=12, alpha_power=2, reals="index",
         ema_decay=[0.99], lr=2.5e-3, warmup=30, cooldown=620, steps=900,
         sample_every=100, save_every=150),
-    # For one modern GPU and about an hour, by arithmetic; not run yet.
+    # For any small images, on two CPU cores: sizes that are None follow from them, see `fit`.
+    "small_encoder": dict(
+        stage="encoder", input_patch_size=None, base_channels=64, layers=[1, 1, 1],
+        batch_size=128, cls_steps=250, cls_ramp=50, ema_decay=[0.99], lr=2e-3, warmup=50,
+        steps=500, sample_every=250, save_every=100),
+    "small": dict(
+        stage="generator", encoder=["small_encoder"], model="XS", patch_size=None, labels=10,
+        gen=16, pos=32, uncond=8, alpha_power=2, reals="index", ema_decay=[0.99], lr=2e-3,
+        warmup=30, cooldown=700, steps=1000, sample_every=100, save_every=100),
+    # For one modern GPU.
     "cifar10_encoder": dict(
-        stage="encoder", data="data/cifar10", base_channels=64, batch_size=512, crop_scale=0.2,
-        cls_steps=3000, lr=1e-3, warmup=500, steps=8000, save_every=2000),
+        stage="encoder", data="data/cifar10", base_channels=64, layers=[2, 2, 2],
+        batch_size=512, crop_scale=0.2, cls_steps=1500, cls_ramp=500, lr=1e-3, warmup=200,
+        ema_decay=[0.99], steps=3000, save_every=1000),
     "cifar10": dict(
         stage="generator", data="data/cifar10", encoder=["cifar10_encoder"], model="S",
-        labels=16, gen=64, pos=64, uncond=16, flip=True, lr=4e-4, warmup=500, steps=10000),
-    # For two CPU cores: shows progress, not more.
-    "cifar10_cpu_encoder": dict(
-        stage="encoder", data="data/cifar10", input_patch_size=2, base_channels=32,
-        layers=[1, 1, 1], batch_size=64, cls_steps=200, cls_ramp=50, ema_decay=[0.99],
-        lr=1e-3, warmup=50, steps=400, sample_every=200, save_every=200),
-    "cifar10_cpu": dict(
-        stage="generator", data="data/cifar10", encoder=["cifar10_cpu_encoder"], model="XS",
-        patch_size=4, labels=4, gen=16, pos=16, uncond=8, push=64, flip=True, ema_decay=[0.99],
-        lr=1e-3, warmup=50, steps=1000, sample_every=50, save_every=100),
+        patch_size=4, labels=16, gen=64, pos=64, uncond=16, flip=True, lr=4e-4, warmup=200,
+        steps=10000, save_every=500, sample_every=500),
 }
+# Fashion-MNIST, where Debian's package dataset-fashion-mnist puts it.
+FASHION = dict(data="/usr/share/datasets/fashion-mnist")
+PRESETS["fashion_encoder"] = PRESETS["small_encoder"] | FASHION
+PRESETS["fashion"] = PRESETS["small"] | FASHION | dict(encoder=["fashion_encoder"])
 # The ablation's global batch on one node of eight GPUs, and on one GPU, 8 labels at a time.
 PRESETS["latent_ablation_8gpu"] = PRESETS["latent_ablation"] | dict(checkpoint_blocks=True)
 PRESETS["latent_ablation_1gpu"] = PRESETS["latent_ablation_8gpu"] | dict(micro_batches=8)
@@ -138,8 +147,10 @@ def build_parser(preset=None):
     add = parser.add_argument_group("run").add_argument
     add("--preset", choices=PRESETS, help="row of PRESETS; other options override it")
     add("--stage", choices=STAGES, default="generator", help="what is trained")
-    add("--data", help="folder written by prepare_data.py; its split train is used")
-    add("--out", help="run folder (None: runs/PRESET)")
+    add("--data", help="folder written by prepare_data.py, of which the split train is used; or a "
+        "source as it takes, which is prepared first, in data/NAME")
+    add("--size", type=positive_int, help="side to which a source is prepared (None: as it is)")
+    add("--out", help="run folder (None: runs/PRESET; of small runs/NAME)")
     add("--seed", type=count, default=0, help="with the step, all that randomness depends on")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cuda or cpu")
@@ -150,9 +161,11 @@ def build_parser(preset=None):
         "share of a step: the same gradients in less memory, with more forward passes")
     add("--dry_run", action="store_true", help="measure a step on random data with random "
         "encoders: parameters, FLOPs, seconds, memory; reads and writes nothing")
-    add("--init_from", help="weights to start from, as --ckpt of sample.py, of the same sizes")
+    add("--init_from", help="weights to start from, as --ckpt of sample.py, of the same sizes, "
+        "but for the number of classes")
     add("--log_every", type=positive_int, default=10, help="steps between lines of log.jsonl")
     add("--sample_every", type=positive_int, default=1000, help="steps between pictures")
+    add("--show_reals", action="store_true", help="a first row of real images in pictures")
     add("--save_every", type=positive_int, default=1000, help="steps between checkpoints")
 
     add = parser.add_argument_group("real images").add_argument
@@ -181,6 +194,16 @@ def build_parser(preset=None):
     add("--cls_steps", type=count, default=0, help="last steps, which train a classifier too")
     add("--cls_weight", type=share, default=0.1, help="lam of lam CE + (1 - lam) L2")
     add("--cls_ramp", type=positive_int, default=1000, help="steps in which lam rises from 0")
+
+    add_generator_options(parser)
+    if preset:
+        parser.set_defaults(**copy.deepcopy(PRESETS[preset]))
+    return parser
+
+
+def add_generator_options(parser):
+    share = number(float, least=0, most=1)
+    count = number(int, least=0)
 
     add = parser.add_argument_group("stage generator (A.8)").add_argument
     add("--encoder", nargs="+", help="whose features samples drift in, one or several: a run, "
@@ -216,14 +239,11 @@ def build_parser(preset=None):
     add("--repulsion", type=number(float), default=1.0, help="multiplier of V- (Table 1)")
 
     add = parser.add_argument_group("field sinkhorn (W-Flow)").add_argument
-    add("--temperature", type=positive, default=0.05, help="regularisation R, in units of the mean "
+    add("--temperature", type=number(float, above=0), default=0.05, help="regularisation R, in units of the mean "
         "squared distance")
     add("--iterations", type=positive_int, default=10, help="Sinkhorn iterations")
     add("--repelled_by", choices=drift.REPELLED_BY, default="independent", help="samples that push "
         "others: a second batch, the batch itself, or none")
-    if preset:
-        parser.set_defaults(**copy.deepcopy(PRESETS[preset]))
-    return parser
 
 
 def parse(argv):
@@ -263,8 +283,43 @@ def parse(argv):
         parser.error("--out is needed without a preset")
     if args.data is None or options.get("encoder", args.data) is None:
         parser.error("--data (and for the generator --encoder) is needed")
-    args.out = args.out or f"runs/{args.preset}"
+    if args.out is None:  # of --preset small_encoder --data my.zip: runs/my_encoder
+        args.out = "runs/" + args.preset.replace("small", name_of(args.data))
     return args
+
+
+def name_of(data):
+    """data/my.zip -> my"""
+    return Path(data).name.split(".")[0]
+
+
+# What `fit` completes.
+FITTED = ("small", "small_encoder", "fashion", "fashion_encoder")
+
+
+def fit(args, data):
+    """What a row of FITTED leaves to the images and the device: {option: value}.
+
+    An encoder sees at most 16 x 16 positions, and a generator has at most 8 x 8 tokens.
+    """
+    on_gpu = args.device.startswith("cuda")
+    patch = 1
+    while data.shape[1] > 16 * patch:
+        patch *= 2
+    if args.stage == "encoder":
+        row = {"input_patch_size": patch}
+        if on_gpu:
+            row |= dict(layers=[2, 2, 2], batch_size=512, steps=3000, cls_steps=1500, warmup=200)
+        return row
+    # Each class is drawn at least a thousand times, unless there are many.
+    steps = 100 * min(max(10, data.num_classes), 50)
+    row = {"patch_size": 2 * patch, "steps": steps, "cooldown": steps * 7 // 10}
+    if on_gpu:
+        row |= dict(model="S", gen=64, pos=64, uncond=16, lr=4e-4, steps=10 * steps, cooldown=0,
+                    ema_decay=[0.999], warmup=200, sample_every=500, save_every=500)
+    if data.num_classes == 1:  # guidance needs other classes
+        row |= dict(labels=2, gen=80, pos=128, uncond=0, alpha_fixed=1.0)
+    return row
 
 
 # --------------------------------------------------------------------------------------------
@@ -284,10 +339,10 @@ class EncoderStage:
                              "before the VAE (A.3): give images, or latents made with --crops")
         through_vae = args.to_latents and not latents
         side = data.shape[1] // 8 if through_vae else data.shape[1]
-        factor = args.input_patch_size * max(2, 2 ** (len(args.layers) - 1))
+        factor = 2 * args.input_patch_size  # masks hide patches of 2 x 2 of its positions
         if side % factor:
-            raise UsageError(f"{args.data}: {len(args.layers)} stages need a side that {factor} "
-                             f"divides, not {side}: take fewer --layers or other patches")
+            raise UsageError(f"{args.data}: --input_patch_size {args.input_patch_size} needs images "
+                             f"of a side that {factor} divides, not {side}")
         self.args = args
         self.data = data
         self.net = model.MAE(4 if args.to_latents else data.shape[0], args.base_channels,
@@ -364,15 +419,21 @@ class GeneratorStage:
         if data.meta.get("views") == "crops":
             raise UsageError(f"{args.data} holds crops, for encoders: make latents without --crops")
         self.queue = drift.SampleQueue(data.num_classes)
-        most_pos = data.count.min()
+        smallest = data.count[data.count > 0].min()
         most_uncond = len(data)
         if args.reals == "queue":
-            most_pos = min(most_pos, self.queue.per_class)
+            most_pos = min(smallest, self.queue.per_class)
             most_uncond = self.queue.overall
-        if args.pos > most_pos or args.uncond > most_uncond:
-            raise UsageError(f"--pos can be at most {most_pos}, and --uncond {most_uncond}, with "
-                             f"--reals {args.reals} of {args.data}, whose smallest class has "
-                             f"{data.count.min()} images")
+            if args.pos > most_pos:
+                raise UsageError(f"--pos can be at most {most_pos} with --reals queue: the smallest "
+                                 f"class of {args.data} has {smallest} images, and a queue "
+                                 f"{self.queue.per_class}. Or take --reals index")
+        elif args.pos > smallest:
+            say(f"the smallest class has {smallest} images, fewer than --pos {args.pos}: they are "
+                "drawn several times")
+        if args.uncond > most_uncond:
+            raise UsageError(f"--uncond can be at most {most_uncond} with --reals {args.reals} of "
+                             f"{args.data}")
         self.pushed = None
         self.args = args
         self.data = data
@@ -563,10 +624,15 @@ class GeneratorStage:
 
         Returns uint8 images, the number of columns and their classes' names.
         """
-        columns = min(10, ema.num_classes)
-        index = np.arange(8 * columns)
-        images = sample.generate(ema, index % columns, index, vae=self.vae)
-        return sample.to_uint8(images), columns, self.data.meta["classes"][:columns]
+        labels = np.flatnonzero(self.data.count)[:10]
+        index = np.arange(8 * len(labels))
+        images = sample.generate(ema, np.tile(labels, 8), index, vae=self.vae).cpu()
+        if self.args.show_reals:
+            reals = self.data.batch(self.data.first[labels], device=self.args.device)
+            reals = self.vae.decode(reals) if self.vae else reals
+            images = torch.cat([reals.cpu(), images])
+        names = [self.data.meta["classes"][label] for label in labels]
+        return sample.to_uint8(images), len(labels), names
 
 
 STAGES = {"encoder": EncoderStage, "generator": GeneratorStage}
@@ -744,15 +810,22 @@ class Later:
 
 
 def main(argv=None):
-    args = parse(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse(argv)
+    if args.dry_run:
+        data = RandomData(args.data)
+    else:
+        args.data = prepared(args)
+        data = on_all_ranks(prepare_data.Dataset, args.data)
+    if args.preset in FITTED:
+        PRESETS[args.preset] |= fit(args, data)  # the command line still overrides it
+        args = parse([*argv, "--data", args.data])
     if args.device == "cuda":  # by number: the thread that makes batches has a device of its own
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if args.device.startswith("cuda"):
         torch.cuda.set_device(args.device)
     if args.dry_run:
-        return dry_run(args)
-    if args.data == "data/digits":
-        prepare_data.prepare("digits", args.data)
+        return dry_run(args, data)
     for i, name in enumerate(getattr(args, "encoder", [])):
         if name in PRESETS:  # trained first, unless its run is there
             words = ["--preset", name, "--device", args.device, "--seed", str(args.seed)]
@@ -764,15 +837,27 @@ def main(argv=None):
             else:
                 words += ["--data", args.data]
             main(words)
-            args.encoder[i] = f"runs/{name}"
+            args.encoder[i] = parse(words).out
     with on_all_ranks(prepare_data.claim, args.out):
-        train(args)
+        train(args, data)
 
 
-def train(args):
+def prepared(args):
+    """The folder of --data: itself, or data/NAME, which is made of the source first."""
+    source = args.data
+    if source == "data/digits":  # they come with the code
+        source = "digits"
+    elif (Path(source) / "train/meta.json").exists() or not Path(source).exists():
+        return source
+    out = f"data/{name_of(source)}"
+    prepare_data.prepare(source, out, args.size)
+    return out
+
+
+def train(args, data):
     """One stage, from its newest checkpoint or from the start to its last step."""
     out = Path(args.out)
-    run = Run(args, on_all_ranks(prepare_data.Dataset, args.data))
+    run = Run(args, data)
     start = resume(run, out)
     if start >= args.steps:
         say(f"{out} has its {args.steps} steps already")
@@ -840,8 +925,21 @@ def train(args):
             raise SystemExit(0)
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, signal.SIG_DFL)
+    if get_rank() == 0:
+        save_strip(out)
     say(f"{out}: {args.steps} steps; weights in {model.latest_checkpoint(out)}, "
-        f"pictures in {out}/samples_{args.steps:08d}.png")
+        f"pictures in {out}/samples_{args.steps:08d}.png, all of them in {out}/samples.gif")
+
+
+def save_strip(out):
+    """The run's pictures one after the other, at most 40 of them, as OUT/samples.gif."""
+    files = sorted(out.glob("samples_*.png"))
+    chosen = np.unique(np.linspace(0, len(files) - 1, 40).round().astype(int))
+    frames = [Image.open(files[i]) for i in chosen]
+    for frame in frames:
+        frame.thumbnail((1000, 1000))
+    with model.whole_file(out / "samples.gif") as file:
+        frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=400, loop=0)
 
 
 def look_at(args, step, by_feature, status):
@@ -928,9 +1026,18 @@ def compare_weights(run):
 
 
 def start_from(path, net):
-    """Copy the weights of a checkpoint, whatever its source, into a network of the same sizes."""
+    """Copy the weights of a checkpoint, whatever its source, into a network of the same sizes.
+
+    What depends on the number of classes, where that is another, stays as it was initialised.
+    """
     load = model.load_generator if isinstance(net, model.Generator) else model.load_encoder
     weights = load(path).state_dict()
+    own = net.state_dict()
+    for name in ("class_embed.weight", "fc.weight", "fc.bias"):
+        if name in own and name in weights and len(weights[name]) != len(own[name]):
+            say(f"{name} starts anew: {path} has {len(weights[name])} classes, --data "
+                f"{len(own[name])}")
+            weights[name] = own[name]
     try:
         net.load_state_dict(weights)
     except RuntimeError as error:
@@ -1009,9 +1116,9 @@ class Evaluator:
         self.args = args
         self.vae = vae
         self.best = Path(args.out) / "best"
-        self.replaced = self.best.with_suffix(".old")
-        if get_rank() == 0 and self.replaced.exists() and not self.best.exists():
-            self.replaced.rename(self.best)  # killed between the two renames of `keep`
+        replaced = self.best.with_suffix(".old")
+        if get_rank() == 0 and replaced.exists() and not self.best.exists():
+            replaced.rename(self.best)  # killed between the two renames of `whole_folder`
         self.extractor = fid.load_extractor(args.eval_features, args.eval_resize,
                                             args.eval_inception, args.device)
         data = None if args.eval_ref else args.data
@@ -1020,24 +1127,23 @@ class Evaluator:
     def __call__(self, ema, step, num_images):
         images = fid.generated(ema, seed=self.args.seed, vae=self.vae)
         row = fid.evaluate(images, num_images, self.extractor, self.reference)
+        on_all_ranks(self.record, ema, step, row)
+
+    def record(self, ema, step, row):
+        """Rank 0's: best/ first, so that what a line of the log says has happened."""
         if get_rank() > 0:
             return
-        write_log(self.args, {"step": step, **row})
-        score = row.get("fid", row.get("fd"))
+        row = {"step": step, "score": row.get("fid", row.get("fd")), **row}
         file = self.best / "score.json"
-        best_score = json.loads(file.read_text())["score"] if file.is_file() else math.inf
-        if step % self.args.eval_every == 0 and score < best_score:
-            self.keep(ema, {"score": score, "step": step, **row})
-
-    def keep(self, ema, score):
-        partial = self.best.with_suffix(".tmp")
-        ema.save_pretrained(partial)
-        (partial / "score.json").write_text(json.dumps(score))
-        shutil.rmtree(self.replaced, ignore_errors=True)
-        if self.best.exists():
-            self.best.rename(self.replaced)
-        partial.rename(self.best)
-        shutil.rmtree(self.replaced, ignore_errors=True)
+        before = json.loads(file.read_text()) if file.is_file() else {}
+        # Figures of other images, features or references are no rivals.
+        same = all(before.get(name) == row[name] for name in (
+            "num_images", "features", "resize", "ref_sha256"))
+        if step % self.args.eval_every == 0 and not (same and before["score"] <= row["score"]):
+            with whole_folder(self.best) as folder:
+                ema.save_pretrained(folder)
+                (folder / "score.json").write_text(json.dumps(row))
+        write_log(self.args, row)
 
 
 # --------------------------------------------------------------------------------------------
@@ -1051,9 +1157,6 @@ def save_checkpoint(run, step):
         return
     args = run.args
     out = Path(args.out)
-    folder = out / f"step_{step:08d}"
-    partial = folder.with_suffix(".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
     state = {"bad_steps": run.skipped}
     for name, tensor in run.net.state_dict().items():
         state[f"net.{name}"] = tensor.contiguous()
@@ -1063,21 +1166,36 @@ def save_checkpoint(run, step):
     metadata = {"step": str(step), "options": json.dumps(vars(args)),
                 "data": run.stage.data.fingerprint(),
                 "encoders": json.dumps(run.stage.encoder_digests)}
-    try:
-        for place, ema in zip(ema_folders(partial, args.ema_decay), run.emas):
+    with whole_folder(out / f"step_{step:08d}") as folder:
+        for place, ema in zip(ema_folders(folder, args.ema_decay), run.emas):
             ema.save_pretrained(place)
-        save_file(state, partial / "train_state.safetensors", metadata)
+        save_file(state, folder / "train_state.safetensors", metadata)
+    for old in checkpoints(out)[2:]:
+        shutil.rmtree(old)
+
+
+@contextlib.contextmanager
+def whole_folder(folder):
+    """A folder to write into, which then gets its sums, is synced, and takes `folder`'s name."""
+    partial = folder.with_suffix(".tmp")
+    replaced = folder.with_suffix(".old")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
         write_sums(partial)
         for path in (*partial.rglob("*"), partial):
             sync(path)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if folder.exists():
+            folder.rename(replaced)
         partial.rename(folder)
-        sync(out)
+        sync(folder.parent)
     except (OSError, SafetensorError) as error:  # each has its own way to say that a disk is full
-        shutil.rmtree(partial, ignore_errors=True)
         raise UsageError(f"{folder} could not be saved ({error}); the checkpoints before it are "
                          "untouched. Make room and run again: it resumes") from error
-    for old in checkpoints(out)[2:]:
-        shutil.rmtree(old)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def load_checkpoint(run, folder):
@@ -1168,7 +1286,8 @@ def sync(path):
 # What the presets' --data hold: kind, shape, classes.
 SHAPES = {"imagenet_latents": ("latents", (4, 32, 32), 1000),
           "imagenet256": ("pixels", (3, 256, 256), 1000),
-          "cifar10": ("pixels", (3, 32, 32), 10), "digits": ("pixels", (1, 8, 8), 10)}
+          "cifar10": ("pixels", (3, 32, 32), 10), "digits": ("pixels", (1, 8, 8), 10),
+          "fashion-mnist": ("pixels", (1, 28, 28), 10)}
 
 
 class RandomData(prepare_data.Dataset):
@@ -1206,9 +1325,9 @@ def random_vae(args):
     return model.VAE(net, args.vae_chunk, args.compile)
 
 
-def dry_run(args):
+def dry_run(args, data):
     """Two steps on random data: the first counts FLOPs, the second is timed."""
-    run = Run(args, RandomData(args.data))
+    run = Run(args, data)
     nets = {args.stage: run.net}
     nets.update(zip(getattr(args, "encoder", []), getattr(run.stage, "encoders", [])))
     for name, net in nets.items():

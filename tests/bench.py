@@ -9,14 +9,16 @@ reals    a step of the digits run, whose reals pass the encoder once, against on
 sample   images a second of the generator and of the decoder, of latent_B_sota's and the SD-VAE's
          sizes with random weights, against float32 in torch's default memory format
 frechet  the trace term of fid.py at 2048 dimensions against scipy.linalg.sqrtm: CPU seconds
-load     artifacts of the sizes of latent_B_sota and latent_L_sota with random weights (3.7 GB in a
-         temporary folder): seconds and peak of memory, msgpack against the converted copy
+load     files of the sizes of latent_B_sota, latent_L_sota and, with an optimizer's state, wflow_B,
+         of random weights (3.7 GB in a temporary folder): seconds and peak of memory as a multiple
+         of the network's size, the published form against the converted copy
 load640  the same of mae_latent_640 (22 GB in a temporary folder)
 read     a step's 4,096 latents from the prepared array against one .pt file for each
 """
 import functools
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -76,59 +78,64 @@ def mae_256_shapes():
     return shapes
 
 
-# name: shapes (T, C) of the features, labels, generated, positive, unconditional samples of a label
+MAPS = [(1024, 64), (256, 64), (64, 128), (16, 256), (1, 512)]
+SINKHORN_10 = ("sinkhorn", dict(iterations=10))
+SINKHORN_1 = ("sinkhorn", dict(iterations=1))
+
+# name: field, its options, shapes (T, C) of the features, and how many labels, generated,
+# positive and unconditional samples of a label
 DRIFT = {
-    "[256, 64, 144, 128]": ([(1, 128)], 256, 64, 64, 16),
-    "[256, 64, 144, 640]": ([(1, 640)], 256, 64, 64, 16),
-    "five maps, 2 labels": ([(1024, 64), (256, 64), (64, 128), (16, 256), (1, 512)], 2, 64, 64, 16),
-    "86 features of MAE-256": (mae_256_shapes(), 1, 16, 16, 4),
+    "drifting, [256, 64, 144, 128]": ("drifting", {}, [(1, 128)], 256, 64, 64, 16),
+    "drifting, [256, 64, 144, 640]": ("drifting", {}, [(1, 640)], 256, 64, 64, 16),
+    "drifting, five maps, 2 labels": ("drifting", {}, MAPS, 2, 64, 64, 16),
+    "drifting, 86 features of MAE-256": ("drifting", {}, mae_256_shapes(), 1, 16, 16, 4),
+    "Sinkhorn, 10 iterations, five maps": (*SINKHORN_10, MAPS, 2, 64, 64, 16),
+    "Sinkhorn, 1 iteration, five maps": (*SINKHORN_1, MAPS, 2, 64, 64, 16),
 }
 
 
-def drift_case(name):
-    shapes, labels, G, P, U = DRIFT[name]
+def plain_drifting(gen, gen2, pos, uncond, cfg_scale):
+    weight = drift.unconditional_weight(cfg_scale, gen.shape[1], uncond.shape[1])
+    return reference.drift_loss(gen, pos, uncond, weight), {}
+
+
+def plain_sinkhorn(*args, **options):
+    return reference.sinkhorn_loss(*args, **options), {}
+
+
+# The plain ports as fields of drift.py: what is around the fields is the same.
+drift.FIELDS |= {"plain drifting": plain_drifting, "plain sinkhorn": plain_sinkhorn}
+
+
+def drift_case(name, T=None, labels=None):
+    """feature_loss's arguments, for at most T locations and so many labels."""
+    field, options, shapes, all_labels, G, P, U = DRIFT[name]
+    labels = labels or all_labels
     stream = torch.Generator(DEVICE).manual_seed(0)
-    features = []
-    for n in (G, P, U):
-        features.append({f"{i}": torch.randn(labels, n, T, C, generator=stream, device=DEVICE)
-                         for i, (T, C) in enumerate(shapes)})
-    return *features, torch.rand(labels, U, generator=stream, device=DEVICE)
+    samples = []
+    for n in (G, G, P, U):
+        samples.append({f"{i}": torch.randn(labels, n, min(t, T or t), C, generator=stream,
+                                            device=DEVICE) for i, (t, C) in enumerate(shapes)})
+    alpha = 1 + 3 * torch.rand(labels, generator=stream, device=DEVICE)
+    return field, options, [*samples, alpha]
 
 
-def plain_port(gen, pos, neg, weight):
-    loss = 0
-    for name in gen:
-        features = [drift.entries_of(f[name]) for f in (gen, pos, neg)]
-        weights = weight.repeat_interleave(gen[name].shape[2], 0)
-        loss = loss + reference.drift_loss(*features, weights).mean()
-    return loss
-
-
-def ours(*case):
-    return drift.feature_drift_loss(*case)[0]
-
-
-DRIFT_FUNCTIONS = {"plain port": plain_port, "drift.py": ours}
-
-
-def drift_step(function, gen, *rest):
-    """The loss and its gradient at the features."""
-    gen = {name: x.detach().requires_grad_() for name, x in gen.items()}
-    function(gen, *rest).backward()
+def drift_step(prefix, field, options, case):
+    """The loss and its gradient at the features; prefix: "" or "plain "."""
+    gen = {name: x.detach().requires_grad_() for name, x in case[0].items()}
+    drift.feature_loss(prefix + field, gen, *case[1:], **options)[0].backward()
 
 
 DRIFT_MEMORY = """
 import sys
 sys.path[:0] = {path}
 import bench
-function = bench.DRIFT_FUNCTIONS[{which!r}]
-*features, weight = case = bench.drift_case({name!r})
+case = bench.drift_case({name!r})
 # Once at one label and one location: pages of code and threads are not the loss's.
-small = [{{k: x[:1, :, :1] for k, x in f.items()}} for f in features]
-bench.drift_step(function, *small, weight[:1])
+bench.drift_step({prefix!r}, *bench.drift_case({name!r}, T=1, labels=1))
 open("/proc/self/clear_refs", "w").write("5")  # the peak begins here (Linux)
 before = bench.resident("VmRSS")
-bench.drift_step(function, *case)
+bench.drift_step({prefix!r}, *case)
 print(bench.resident("VmHWM") - before)
 """
 
@@ -138,17 +145,17 @@ def resident(key):
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
-def peak_memory(name, which):
+def peak_memory(name, prefix):
     """Bytes beyond the inputs, in a process of its own."""
     if DEVICE == "cuda":
         case = drift_case(name)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        drift_step(DRIFT_FUNCTIONS[which], *case)
+        drift_step(prefix, *case)
         return torch.cuda.max_memory_allocated() - before
     # What is freed goes back to the system: the peak is of tensors, not of glibc's fragments.
     environment = dict(os.environ, MALLOC_TRIM_THRESHOLD_="131072")
-    code = DRIFT_MEMORY.format(path=sys.path[:2], which=which, name=name)
+    code = DRIFT_MEMORY.format(path=sys.path[:2], prefix=prefix, name=name)
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True,
                           env=environment)
     return int(done.stdout)
@@ -157,13 +164,12 @@ def peak_memory(name, which):
 def bench_drift(runs=7):
     for name in DRIFT:
         case = drift_case(name)
-        steps = {which: functools.partial(drift_step, function, *case)
-                 for which, function in DRIFT_FUNCTIONS.items()}
+        steps = {prefix: functools.partial(drift_step, prefix, *case) for prefix in ("plain ", "")}
         # At the second call the allocator has what it needs, as in training.
         plain, mine = in_turns(steps, runs, warm_up=0, calls=2).values()
         del case, steps
-        memory = [peak_memory(name, which) / 1e6 for which in DRIFT_FUNCTIONS]
-        print(f"drift loss, {name}: plain port {plain * 1e3:.0f} ms, drift.py {mine * 1e3:.0f} ms, "
+        memory = [peak_memory(name, prefix) / 1e6 for prefix in ("plain ", "")]
+        print(f"{name}: plain port {plain * 1e3:.0f} ms, drift.py {mine * 1e3:.0f} ms, "
               f"ratio {plain / mine:.2f}; memory beyond the inputs {memory[0]:.0f} MB, "
               f"{memory[1]:.0f} MB, ratio {memory[0] / memory[1]:.2f}", flush=True)
 
@@ -184,7 +190,10 @@ def bench_step():
         for way, options in ways.items():
             command = [sys.executable, train.__file__, "--preset", preset, "--dry_run", "--labels",
                        str(labels), *options]
-            done = subprocess.run(command, capture_output=True, text=True)
+            # A shell in between: Linux counts the peak of the process that starts another as the
+            # other's own, and this one has had matrices.
+            done = subprocess.run(["sh", "-c", '"$@"; exit $?', "sh", *command],
+                                  capture_output=True, text=True)
             lines = (done.stdout if done.returncode == 0 else done.stderr).splitlines()
             wanted = ("a step", "memory") if done.returncode == 0 else lines[-1:]
             said = [line for line in lines if line.startswith(tuple(wanted))]
@@ -277,24 +286,50 @@ def load(kind, folder, copy=None):
     return [float(word) for word in done.stdout.split()]
 
 
-def bench_load(names=("latent_B_sota", "latent_L_sota"), runs=3):
-    sizes = {"latent_B_sota": ("gen", conftest.published_generator("B")),
-             "latent_L_sota": ("gen", conftest.published_generator("L")),
-             "mae_latent_640": ("mae", dict(base_channels=640))}
+def wflow_checkpoint(folder, size):
+    """A state_*.pt of W-Flow: weights, their average, and the optimizer's two averages."""
+    example = torch.load(conftest.FIXTURES / "wflow_gen_tiny/state_00200000.pt", weights_only=True)
+    their_names = {model.our_name(name, model.WFLOW_NAMES): name for name in example["ema_model"]}
+    state = model.Generator(**conftest.published_generator(size)).state_dict()
+    for i, table in enumerate(state.pop("style_embed")):
+        state[f"style_embed.{i}"] = table.clone()
+    weights = {}
+    for name, tensor in state.items():
+        # The example's first block and first table stand for all.
+        first, number = re.subn(r"^(blocks|style_embed)\.\d+", r"\1.0", name)
+        theirs = their_names[first]
+        if number:
+            theirs = theirs.replace(".0.", f".{name.split('.')[1]}.")
+        weights[theirs] = tensor
+    zeros = [{name: torch.zeros_like(x) for name, x in weights.items()} for _ in range(3)]
+    averages = {name: {"exp_avg": zeros[1][name], "exp_avg_sq": zeros[2][name]} for name in weights}
+    folder.mkdir()
+    torch.save({"step": 1, "model": zeros[0], "ema_model": weights,
+                "optimizer": {"state": averages, "param_groups": []}}, folder / "state_00000001.pt")
+
+
+def bench_load(names=("latent_B_sota", "latent_L_sota", "wflow_B"), runs=3):
     for name in names:
         with tempfile.TemporaryDirectory() as temporary:
-            kind, config = sizes[name]
-            artifact = conftest.random_artifact(Path(temporary) / name, kind, **config)
-            size = (artifact / "ema_params.msgpack").stat().st_size
-            kind = {"gen": "generator", "mae": "encoder"}[kind]
+            published = Path(temporary) / name
             copy = Path(temporary) / "copy"
-            load(kind, artifact, copy)
+            kind = "generator"
+            if name == "mae_latent_640":
+                kind = "encoder"
+                conftest.random_artifact(published, "mae", base_channels=640)
+            elif name == "wflow_B":
+                wflow_checkpoint(published, "B")
+            else:
+                size = conftest.published_generator(name.split("_")[1])
+                conftest.random_artifact(published, "gen", **size)
+            load(kind, published, copy)
+            size = (copy / "model.safetensors").stat().st_size
             figures = []
-            for folder in (artifact, copy):
+            for folder in (published, copy):
                 columns = zip(*(load(kind, folder) for _ in range(runs)))
                 figures.append([statistics.median(column) for column in columns])
             (theirs, peak), (mine, peak_copy) = figures
-            print(f"loading {name}, {size / 1e9:.2f} GB: msgpack {theirs:.1f} s, peak "
+            print(f"loading {name}, {size / 1e9:.2f} GB: published form {theirs:.1f} s, peak "
                   f"{peak / size:.2f} times its size; converted copy {mine:.1f} s, "
                   f"{peak_copy / size:.2f} times; ratio {theirs / mine:.1f}", flush=True)
 

@@ -130,6 +130,22 @@ def test_of_many_processes_one_writes_the_copy(hub, monkeypatch):
     assert same_weights(model.load_generator("hf://ablation"), other) and len(copies()) == 1
 
 
+def test_two_files_of_a_folder_have_two_copies(hub, tmp_path):
+    """W-Flow's folders hold one file, others' may hold more."""
+    wflow = FIXTURES / "wflow_gen_tiny/state_00200000.pt"
+    saved = torch.load(wflow, weights_only=True)
+    saved["ema_model"]["class_embed.weight"] += 1
+    torch.save(saved, tmp_path / "later.pt")
+    hub.add("me/flow", {"a/state_00000001.pt": wflow.read_bytes(),
+                        "a/state_00000002.pt": (tmp_path / "later.pt").read_bytes()})
+    for _ in range(2):
+        first, second = [model.load_generator(f"hf://me/flow/a/state_0000000{i}.pt")
+                         for i in (1, 2)]
+        assert same_weights(first, model.load_generator(wflow))
+        assert torch.equal(second.class_embed.weight, first.class_embed.weight + 1)
+    assert len(copies()) == 2
+
+
 def test_every_published_name_has_its_place(hub):
     """METHOD of the release: five generators, three encoders."""
     names = {"gen": ("latent_L_sota", "latent_B_sota", "pixel_L_sota", "pixel_B_sota", "ablation"),

@@ -124,7 +124,8 @@ def test_a_pixel_encoder_drives_a_generator_of_latents(latents, vae_folder):
     assert relative_error(ours, stage.net.final_linear.weight.grad) < 1e-3
 
     train.main(words)
-    assert Image.open("run/samples_00000001.png").size == (2 * 66 - 2, 20 + 8 * 66 - 2)  # 64x64, and names
+    # Samples of 64x64 below names of 20 pixels.
+    assert Image.open("run/samples_00000001.png").size == (2 * 66 - 2, 20 + 8 * 66 - 2)
 
 
 @pytest.mark.parametrize("options, message", [

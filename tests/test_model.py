@@ -68,17 +68,96 @@ def test_convnext_matches_the_release():
             feature = feature[:, ::7]  # the fixture keeps every 7th location
         assert relative_error(feature.detach(), expected[name]) < 1e-5, name
 
-    encoder, x = encoder.double(), x[:1, :, ::2, ::2].double().requires_grad_()
+    check_gradient(encoder, x[:1, :, ::2, ::2], step=1e-5)
+
+
+def check_gradient(encoder, x, step):
+    """At the input, of a random sum of all features: it is the slope of finite differences."""
+    encoder, x = encoder.double(), x.double().requires_grad_()
     noise = torch.Generator().manual_seed(0)
-    weigh = {name: torch.randn(1, *f.shape[1:], generator=noise) for name, f in features.items()}
+    weights = {name: torch.randn(f.shape, generator=noise)
+               for name, f in encoder.features(x).items()}
 
     def value(x):
-        return sum((f * weigh[name]).sum() for name, f in encoder.features(x).items())
+        return sum((f * weights[name]).sum() for name, f in encoder.features(x).items())
     gradient, = torch.autograd.grad(value(x), x)
+    assert gradient.count_nonzero() == gradient.numel()
     direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        slope = (value(x + 1e-5 * direction) - value(x - 1e-5 * direction)) / 2e-5
+        slope = (value(x + step * direction) - value(x - step * direction)) / (2 * step)
     assert (gradient * direction).sum().item() == pytest.approx(slope.item(), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def resnet_state():
+    """Weights of a ResNet-50 by a recipe, as a file of them has 100 MB. Not to be changed."""
+    numbers = np.random.RandomState(0).randn(1_000_003).astype(np.float32)
+    with torch.device("meta"):
+        state = model.ResNet50().state_dict()
+    start = 0
+    for name, tensor in state.items():
+        if tensor.ndim == 0:  # a BatchNorm's counter
+            state[name] = torch.tensor(0)
+            continue
+        taken = np.take(numbers, np.arange(start, start + tensor.numel()), mode="wrap")
+        start += tensor.numel()
+        x = torch.from_numpy(taken).reshape(tensor.shape)
+        if x.ndim > 1:
+            state[name] = x * (2 / x[0].numel()) ** 0.5
+        elif name.endswith("running_var"):
+            state[name] = (0.3 * x).exp()
+        else:
+            state[name] = 0.3 * x + float(name.endswith("weight"))
+    return state
+
+
+def resnet(state, image_size=None):
+    with torch.device("meta"):
+        net = model.ResNet50(image_size)
+    net.load_state_dict(state, assign=True)
+    return net
+
+
+def check_resnet_maps(net, x, expected, every=1):
+    """expected: {stage's name: its map [n, c, h, w], flattened, of which each `every`th is kept}"""
+    with torch.no_grad():
+        features = net.features(x)
+    for stage, values in expected.items():
+        ours = features[f"resnet_{stage}"].mT.flatten()[::every]
+        assert relative_error(ours, values) < 1e-5, stage
+        assert {f"resnet_{stage}_mean", f"resnet_{stage}_std"} <= features.keys()
+
+
+@pytest.mark.parametrize("size", ["own", "224"])
+def test_resnet50_matches_torchvision(resnet_state, size):
+    """`resnet50_tiny.npz` was made with torchvision 0.28: its resnet50 with the weights of
+    `resnet_state`, in eval mode, on two images 64x48, which were standardised by ImageNet's mean
+    and std and then taken as they are ("own"), or after F.interpolate(x, (224, 224),
+    mode="bilinear", antialias=True). It holds every 997th number of the stages' maps."""
+    io = np.load(FIXTURES / "resnet50_tiny.npz")
+    net = resnet(resnet_state, None if size == "own" else 224)
+    expected = {f"layer{i}": io[f"{size}/layer{i}"] for i in range(1, 5)}
+    check_resnet_maps(net.train(), torch.from_numpy(io["x"]), expected, every=997)
+
+
+def test_resnet50_matches_the_installed_torchvision(resnet_state):
+    torchvision = pytest.importorskip("torchvision", exc_type=ImportError)
+    theirs = torchvision.models.resnet50().eval()
+    theirs.load_state_dict(resnet_state, strict=False)  # without the classifier
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    with torch.no_grad():
+        y = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(((x + 1) / 2 - mean) / std))))
+        expected = {}
+        for i in range(1, 5):
+            y = theirs.get_submodule(f"layer{i}")(y)
+            expected[f"layer{i}"] = y.flatten()
+    check_resnet_maps(resnet(resnet_state), x, expected)
+
+
+def test_resnet50_hands_gradients_to_its_input(resnet_state):
+    x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    check_gradient(resnet(resnet_state), x, step=1e-8)  # smaller than the way to a ReLU's bend
 
 
 def whole_step(mae_artifact, dtype):
@@ -140,12 +219,14 @@ def test_encoders_in_bfloat16_give_the_same_features():
     the others to bfloat16's."""
     torch.manual_seed(0)
     x = torch.randn(4, 3, 32, 32).clamp(-1, 1)
-    for net in (model.MAE(3, 64, (2, 1), input_patch_size=2, num_classes=10),
-                model.ConvNeXtV2((1, 1, 2, 1), (8, 16, 32, 64))):
+    for net, maps in (
+            (model.MAE(3, 64, (2, 1), input_patch_size=2, num_classes=10),
+             ("conv1", "layer1", "layer1_blk2", "layer2")),
+            (model.ConvNeXtV2((1, 1, 2, 1), (8, 16, 32, 64)), ()),
+            (model.ResNet50(image_size=None), [f"resnet_layer{i}" for i in range(1, 5)])):
         exact = net.eval().features(x)
         half = net.to(torch.bfloat16, memory_format=torch.channels_last).features(x)
         assert half.keys() == exact.keys()
-        maps = ("conv1", "layer1", "layer1_blk2", "layer2") if isinstance(net, model.MAE) else ()
         for name, feature in half.items():
             assert relative_error(feature, exact[name]) < (1e-7 if name == "norm_x" else 2e-2), name
             assert feature.dtype == (torch.bfloat16 if name in maps else torch.float32), name
@@ -532,16 +613,16 @@ def ext(shape, dtype, data):
     (lambda p: p.update({"noise_embeds_9/embedding": p.pop("noise_embeds_2/embedding")}),
      "style_embed.9"),
     (lambda p: p.update(note="text"), "note is a str, not an array"),
-    (lambda p: p.update(code=msgpack.ExtType(5, b"x")), "no flax msgpack"),
+    (lambda p: p.update(code=msgpack.ExtType(5, b"x")), "damaged, or no weights"),
     (lambda p: p.update(code=ext((2,), "object", bytes(8))), "KeyError: 'object'"),
     (lambda p: p.update(code=ext((2,), "float64", bytes(8))), "invalid for input of size 1"),
     (lambda p: p.update(code=ext((2,), "qint8", bytes(2))), "qint8"),  # torch itself would crash
-    (lambda p: p.update(code=ext((7, 48), "float32", b"")), "no flax msgpack"),
+    (lambda p: p.update(code=ext((7, 48), "float32", b"")), "damaged, or no weights"),
 ])
 def test_tensors_that_do_not_fit_are_named(tmp_path, params, message):
     with pytest.raises(model.UsageError, match=message) as error:
         model.load_generator(changed(tmp_path, TINY, None, params))
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and str(error.value).count("ema_params.msgpack") == 1
 
 
 @pytest.mark.parametrize("config, message", [
@@ -583,7 +664,7 @@ def test_damaged_or_foreign_files_give_one_line(tmp_path, mae_artifact):
     whole = (folder / "ema_params.msgpack").read_bytes()
     for bad in (whole[:-100], b"PK\x03\x04" + whole, b"", whole + whole, b"\x01" * 50):
         (folder / "ema_params.msgpack").write_bytes(bad)
-        with pytest.raises(model.UsageError, match="truncated, or no flax msgpack"):
+        with pytest.raises(model.UsageError, match="ema_params.msgpack: damaged, or no weights"):
             model.load_generator(folder)
     model.load_generator(TINY).save_pretrained(tmp_path / "own")
     file = tmp_path / "own/model.safetensors"
@@ -617,12 +698,13 @@ def test_wflow_files_that_are_something_else_are_one_line(tmp_path, monkeypatch)
     for content, message in [
             ({"ema_model": weights, "code": Code()}, "damaged, or no weights"),
             ({"model": weights}, "damaged, or no weights"),
-            ({"ema_model": other}, "no generator of W-Flow"),
+            ({"ema_model": other}, "damaged, or no model .*blocks.0.q_norm.weight"),
             ({"ema_model": {**fewer, "model.blocks.1.norm1.weight": weights["cfg_norm.weight"]}},
              "not the weights of its config")]:
         torch.save(content, file)
-        with pytest.raises(model.UsageError, match=message):
+        with pytest.raises(model.UsageError, match=message) as error:
             model.load_generator(tmp_path)
+        assert str(error.value).count(file.name) == 1 and "\n" not in str(error.value)
     file.write_bytes(WFLOW.read_bytes()[:-1000])
     with pytest.raises(model.UsageError, match="damaged, or no weights"):
         model.load_generator(tmp_path)
@@ -645,7 +727,7 @@ def test_sizes_are_not_believed_before_the_tensors(tmp_path, name, value):
 def test_a_checkpoint_is_compared_with_its_sums(tmp_path):
     """A number that changed on the disk is still a number: only the sum tells."""
     net = model.load_generator(TINY)
-    net.origin = {"classes": ["cat", "dog"], "vae": "0"}
+    net.origin = {"classes": list("abcdefg"), "vae": "0"}
     for folder in (tmp_path / "step_00000001", tmp_path / "step_00000001/ema_0.9"):
         net.save_pretrained(folder)
     model.write_sums(tmp_path / "step_00000001")
@@ -685,6 +767,63 @@ def test_convnext_that_is_another_network_is_refused(tmp_path):
     (folder / "config.json").write_text(json.dumps({**config, "depths": [1, 1, 1, 1]}))
     with pytest.raises(model.UsageError, match="Unexpected key"):
         model.load_encoder(folder)
+
+
+def numbered(prefix="", first=0):
+    """A ResNet-50's tensors, each full of its own number, which takes no room in a file."""
+    with torch.device("meta"):
+        shapes = model.ResNet50().state_dict()
+    return {prefix + name: torch.tensor(first + i, dtype=tensor.dtype).expand(tensor.shape)
+            for i, (name, tensor) in enumerate(shapes.items())}
+
+
+PLAIN = {**numbered(), "fc.weight": torch.zeros(1000, 2048), "fc.bias": torch.zeros(1000)}
+MOCO = {**numbered("module.encoder_q."), **numbered("module.encoder_k.", 1000),
+        "module.encoder_q.fc.0.weight": torch.zeros(9, 9), "module.queue": torch.zeros(128, 9)}
+
+
+@pytest.mark.parametrize("name, content", [
+    ("resnet50-0676ba61.pth", PLAIN),
+    ("resnet50.pt", {name: x for name, x in PLAIN.items() if "num_batches" not in name}),  # 2017
+    ("moco_v2_800ep_pretrain.pth.tar", {"epoch": 800, "arch": "resnet50", "state_dict": MOCO,
+                                        "optimizer": {"state": {}, "param_groups": []}}),
+    ("simclr.pth.tar", {"state_dict": {**numbered("backbone."),
+                                       "backbone.fc.0.weight": torch.zeros(9, 9)}}),
+    ("resnet50-1x.pth", {"state_dict": PLAIN})])
+def test_resnet50_as_others_save_it(tmp_path, name, content):
+    torch.save(content, tmp_path / name)
+    net = model.load_encoder(tmp_path / name)
+    assert (net.in_channels, net.image_size, net.training) == (3, 224, False)
+    state = net.state_dict()
+    for parameter, expected in numbered().items():
+        if "num_batches" not in parameter:
+            assert torch.equal(state[parameter], expected), parameter
+
+
+def test_resnet50_as_we_save_it_and_at_the_images_own_size(tmp_path, resnet_state):
+    net = resnet(resnet_state)
+    net.save_pretrained(tmp_path)
+    again = model.load_encoder(tmp_path)
+    assert same_weights(again, net) and again.image_size is None
+    again = model.load_encoder(tmp_path / "model.safetensors")
+    assert same_weights(again, net) and again.image_size == 224
+    config = '{"model_type": "resnet50", "image_size": null}'  # as one writes it by hand
+    (tmp_path / "config.json").write_text(config)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(PLAIN, tmp_path / "pytorch_model.bin")
+    assert model.load_encoder(tmp_path).image_size is None
+
+
+@pytest.mark.parametrize("content, message", [
+    ({**numbered("online."), **numbered("target.")}, "holds several networks"),
+    ({**PLAIN, "layer1.0.conv4.weight": torch.zeros(3)}, "Unexpected key.*layer1.0.conv4.weight"),
+    ({"student": PLAIN, "teacher": PLAIN}, "damaged, or no weights"),
+    ([1, 2], "damaged, or no weights")])
+def test_resnet50_files_that_hold_something_else_are_one_line(tmp_path, content, message):
+    torch.save(content, tmp_path / "net.pth.tar")
+    with pytest.raises(model.UsageError, match=f"net.pth.tar: .*{message}") as error:
+        model.load_encoder(tmp_path / "net.pth.tar")
+    assert str(error.value).count("net.pth.tar") == 1 and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("safetensors", [True, False])

@@ -56,7 +56,7 @@ def test_one_command_makes_data_encoder_and_generator(tmp_path, monkeypatch):
     assert (tmp_path / "runs/digits/log.jsonl").read_text() == before
 
 
-# What a reader would do with the six examples, one after the other.
+# What a reader would do with the seven examples, one after the other.
 USE = """
 import json, math
 import numpy as np, torch
@@ -65,6 +65,17 @@ import drift, fid, model, prepare_data, train
 dist = torch.rand(2, 3, 5)
 wanted = (-(dist / 0.5) ** 2).exp()
 assert torch.allclose(drift.affinity(dist, 0.5, "gaussian"), wanted)
+
+# The new field is the gradient of an energy distance, and it loses no mode.
+x, pos, uncond = torch.randn(3, 2, 6, 4, generator=torch.Generator().manual_seed(0))
+x.requires_grad_()
+alpha = torch.tensor([1.0, 2.5])
+drift.FIELDS["mmd"](x, None, pos, uncond, alpha)[0].sum().backward()
+to_pos, to_uncond, to_x = (torch.cdist(x, y).mean((1, 2)) for y in (pos, uncond, x))
+wanted = torch.autograd.grad((2 * (alpha * to_pos + (1 - alpha) * to_uncond) - to_x).sum(), x)[0]
+assert torch.cosine_similarity(x.grad.flatten(), wanted.flatten(), 0) > 1 - 1e-6
+frames, _ = drift.toy_experiment("two_modes_collapsed", 240, n=128, real=256, field="mmd")
+assert min(drift.describe("two_modes", frames[-1]).values()) > 0.4
 
 rng = np.random.default_rng(0)
 images = rng.integers(0, 256, (40, 8, 8, 3), np.uint8)
@@ -84,6 +95,8 @@ assert torch.allclose(change, torch.tensor([1.0, 0, 1, 0]), atol=1e-5)  # 5: fir
 
 train.main("--data data/mine --out runs/mine --encoder runs/pyramid --model M --kernel gaussian "
            "--steps 2 --labels 4 --gen 4 --pos 4 --uncond 2 --push 8".split())
+train.main("--data data/mine --out runs/mmd --encoder runs/pyramid --model M --field mmd "
+           "--steps 1 --labels 4 --gen 4 --pos 4 --uncond 2 --push 8".split())
 fid.main("eval --ckpt runs/mine --data data/mine --features pixels --num_images 40".split())
 """
 
@@ -106,10 +119,10 @@ def apply_changes(folder):
 
 
 def test_change_something(tmp_path):
-    """All six examples at once, in a copy of the scripts."""
+    """All seven examples at once, in a copy of the scripts."""
     for script in ROOT.glob("*.py"):
         shutil.copy(script, tmp_path)
-    assert apply_changes(tmp_path) == 6
+    assert apply_changes(tmp_path) == 7
     (tmp_path / "mine").mkdir()
     done = subprocess.run([sys.executable, "-c", USE], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
