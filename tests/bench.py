@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+THREADS = os.environ.get("OMP_NUM_THREADS", "2")
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import conftest  # noqa: E402
 import drift  # noqa: E402
@@ -39,6 +40,8 @@ import reference  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 
+os.environ["OMP_NUM_THREADS"] = THREADS  # of the processes started here; the tests have one thread
+torch.set_num_threads(int(THREADS))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -716,8 +716,9 @@ def test_smaller_machines_train_the_ablation_itself(name, parts):
 def test_presets_are_made_of_options(name):
     """Every key is read in its stage, none is misspelt, and the command line overrides it."""
     preset = train.PRESETS[name]
-    assert preset.items() <= vars(train.parse(["--preset", name])).items()
-    assert train.parse(["--preset", name, "--steps", "7"]).steps == 7
+    words = ["--preset", name] + ([] if "data" in preset else ["--data", "mine.zip"])
+    assert preset.items() <= vars(train.parse(words)).items()
+    assert train.parse([*words, "--steps", "7"]).steps == 7
 
 
 def test_a_run_changes_no_preset_and_tells_of_another_encoder(home, capsys):
@@ -788,7 +789,8 @@ def test_dry_run_of_what_it_does_not_know_is_one_line():
 # The user's mistakes are one line, bugs keep their traceback
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(pos=145), "--pos can be at most 140, .* of data/digits, whose smallest class has 140"),
+    (dict(reals="queue", push=64, pos=129), "--pos can be at most 128 with --reals queue: .* of "
+     "data/digits has 140 images, and a queue 128"),
     (dict(encoder="runs/nowhere"), "runs/nowhere: there is no"),
     (dict(data="data/nowhere"), "no prepared data there"),
     (dict(out="runs/e"), "is of another model"),
