@@ -108,15 +108,16 @@ PRESETS = {
         patch_size=4, labels=10, gen=24, pos=48, uncond=12, alpha_power=2, reals="index",
         ema_decay=[0.99], lr=2.5e-3, warmup=30, cooldown=620, steps=900,
         sample_every=100, save_every=150),
-    # For any small images, on two CPU cores: sizes that are None follow from them, see `fit`.
+    # For any small images: what is None follows from them and from the device, see `fit`.
     "small_encoder": dict(
-        stage="encoder", input_patch_size=None, base_channels=64, layers=[1, 1, 1],
-        batch_size=128, cls_steps=250, cls_ramp=50, ema_decay=[0.99], lr=2e-3, warmup=50,
-        steps=500, sample_every=250, save_every=100),
+        stage="encoder", input_patch_size=None, base_channels=None, layers=None, batch_size=None,
+        steps=None, cls_steps=None, cls_weight=0.5, cls_ramp=50, ema_decay=[0.99], lr=2e-3,
+        warmup=None, sample_every=250, save_every=100),
     "small": dict(
-        stage="generator", encoder=["small_encoder"], model="XS", patch_size=None, labels=10,
-        gen=16, pos=32, uncond=8, alpha_power=2, reals="index", ema_decay=[0.99], lr=2e-3,
-        warmup=30, cooldown=700, steps=1000, sample_every=100, save_every=100),
+        stage="generator", encoder=["small_encoder"], model=None, patch_size=None, labels=None,
+        gen=None, pos=None, uncond=None, alpha_power=2, alpha_fixed=None, reals="index",
+        ema_decay=[0.99], lr=None, warmup=None, steps=None, cooldown=None, sample_every=100,
+        save_every=100),
     # For one modern GPU.
     "cifar10_encoder": dict(
         stage="encoder", data="data/cifar10", base_channels=64, layers=[2, 2, 2],
@@ -208,6 +209,8 @@ def add_generator_options(parser):
     add = parser.add_argument_group("stage generator (A.8)").add_argument
     add("--encoder", nargs="+", help="whose features samples drift in, one or several: a run, "
         "checkpoint, artifact, hf://..., or a preset (then runs/PRESET, trained if missing)")
+    add("--encoder_size", type=positive_int, help="side to which a ResNet50 or ConvNeXt-V2 gets "
+        "images resized (None: 224)")
     add("--pixel_encoder", action="store_true", help="decode a generator's latents for an encoder "
         "of pixels; gradients pass through the decoder (sec. 4)")
     add("--model", choices=model.GENERATOR_SIZES, default="B", help="size of the generator")
@@ -239,8 +242,8 @@ def add_generator_options(parser):
     add("--repulsion", type=number(float), default=1.0, help="multiplier of V- (Table 1)")
 
     add = parser.add_argument_group("field sinkhorn (W-Flow)").add_argument
-    add("--temperature", type=number(float, above=0), default=0.05, help="regularisation R, in units of the mean "
-        "squared distance")
+    add("--temperature", type=number(float, above=0), default=0.05, help="regularisation R, in "
+        "units of the mean squared distance")
     add("--iterations", type=positive_int, default=10, help="Sinkhorn iterations")
     add("--repelled_by", choices=drift.REPELLED_BY, default="independent", help="samples that push "
         "others: a second batch, the batch itself, or none")
@@ -264,7 +267,7 @@ def parse(argv):
                 delattr(args, action.dest)
     # A preset's schedule has the shape of its length: a shorter run gets a shorter one.
     row = PRESETS.get(preset, {})
-    if args.steps < row.get("steps", 0):
+    if row.get("steps") and args.steps < row["steps"]:
         for name in ("warmup", "cooldown", "cls_steps", "cls_ramp"):
             if name in row and f"--{name}" not in given:
                 options[name] = math.ceil(row[name] * args.steps / row["steps"])
@@ -273,7 +276,7 @@ def parse(argv):
         parser.error("--push is read with --reals queue only")
     for switch in ("eval_every", "cls_steps"):  # its value 0 switches the options off that follow
         for name in options.keys() - {switch}:
-            if name.startswith(switch[:4]) and f"--{name}" in given and not options[switch]:
+            if name.startswith(switch[:4]) and f"--{name}" in given and options[switch] == 0:
                 parser.error(f"--{name} is read with --{switch} only")
     if args.bf16 is None:
         args.bf16 = args.device.startswith("cuda")
@@ -293,33 +296,38 @@ def name_of(data):
     return Path(data).name.split(".")[0]
 
 
-# What `fit` completes.
-FITTED = ("small", "small_encoder", "fashion", "fashion_encoder")
-
-
 def fit(args, data):
-    """What a row of FITTED leaves to the images and the device: {option: value}.
-
-    An encoder sees at most 16 x 16 positions, and a generator has at most 8 x 8 tokens.
-    """
+    """Set the options that a row of PRESETS leaves None: by images, classes and device."""
     on_gpu = args.device.startswith("cuda")
-    patch = 1
-    while data.shape[1] > 16 * patch:
-        patch *= 2
+    side = data.shape[1]
     if args.stage == "encoder":
-        row = {"input_patch_size": patch}
+        patch = patch_of(side, 16, 2)
+        row = dict(input_patch_size=patch, base_channels=32, layers=[1, 1, 1], batch_size=128,
+                   steps=500)
         if on_gpu:
-            row |= dict(layers=[2, 2, 2], batch_size=512, steps=3000, cls_steps=1500, warmup=200)
-        return row
-    # Each class is drawn at least a thousand times, unless there are many.
-    steps = 100 * min(max(10, data.num_classes), 50)
-    row = {"patch_size": 2 * patch, "steps": steps, "cooldown": steps * 7 // 10}
-    if on_gpu:
-        row |= dict(model="S", gen=64, pos=64, uncond=16, lr=4e-4, steps=10 * steps, cooldown=0,
-                    ema_decay=[0.999], warmup=200, sample_every=500, save_every=500)
-    if data.num_classes == 1:  # guidance needs other classes
-        row |= dict(labels=2, gen=80, pos=128, uncond=0, alpha_fixed=1.0)
-    return row
+            row |= dict(base_channels=64, layers=[2, 2, 2], batch_size=512, steps=3000)
+        last = "cls_steps"
+    else:
+        row = dict(patch_size=patch_of(side, 4), model="XS", labels=10, gen=16, pos=32, uncond=8,
+                   alpha_fixed=0.0, lr=2e-3, steps=100 * min(max(10, data.num_classes), 50))
+        if on_gpu:
+            row |= dict(patch_size=patch_of(side, 8), model="S", gen=64, pos=64, uncond=16,
+                        lr=4e-4, steps=10 * row["steps"])
+        if data.num_classes == 1:  # guidance needs other classes
+            row |= dict(labels=2, gen=80, pos=128, uncond=0, alpha_fixed=1.0)
+        last = "cooldown"
+    steps = args.steps or row["steps"]
+    row |= {"warmup": min(50, steps // 10), last: steps * 7 // 10}
+    for name, value in row.items():
+        if vars(args)[name] is None:
+            setattr(args, name, value)
+
+
+def patch_of(side, most, times=1):
+    """The smallest patch, `times` which divides the side, that gives at most `most` a side."""
+    fitting = [patch for patch in range(1, side + 1)
+               if side % (times * patch) == 0 and side // patch <= most]
+    return min(fitting, default=1)
 
 
 # --------------------------------------------------------------------------------------------
@@ -342,7 +350,7 @@ class EncoderStage:
         factor = 2 * args.input_patch_size  # masks hide patches of 2 x 2 of its positions
         if side % factor:
             raise UsageError(f"{args.data}: --input_patch_size {args.input_patch_size} needs images "
-                             f"of a side that {factor} divides, not {side}")
+                             f"of a side that {factor} divides, not {side}: prepare it with --size")
         self.args = args
         self.data = data
         self.net = model.MAE(4 if args.to_latents else data.shape[0], args.base_channels,
@@ -425,9 +433,9 @@ class GeneratorStage:
             most_pos = min(smallest, self.queue.per_class)
             most_uncond = self.queue.overall
             if args.pos > most_pos:
-                raise UsageError(f"--pos can be at most {most_pos} with --reals queue: the smallest "
-                                 f"class of {args.data} has {smallest} images, and a queue "
-                                 f"{self.queue.per_class}. Or take --reals index")
+                raise UsageError(f"--pos can be at most {most_pos} with --reals queue: the "
+                                 f"smallest class of {args.data} has {smallest} images, and a "
+                                 f"queue {self.queue.per_class}. Or take --reals index")
         elif args.pos > smallest:
             say(f"the smallest class has {smallest} images, fewer than --pos {args.pos}: they are "
                 "drawn several times")
@@ -722,6 +730,10 @@ def open_encoders(args, data):
         if encoder.in_channels != channels:
             raise UsageError(f"--encoder {name} takes {encoder.in_channels} channels, here it gets "
                              f"{channels} (--pixel_encoder decodes latents for it)")
+        if args.encoder_size:
+            if not hasattr(encoder, "image_size"):
+                raise UsageError(f"--encoder_size: {name} takes images as they are")
+            encoder.image_size = args.encoder_size
         if isinstance(encoder, model.MAE):
             del encoder.decoder, encoder.fc  # a fifth of it, and never looked through
         if not args.dry_run:
@@ -817,9 +829,7 @@ def main(argv=None):
     else:
         args.data = prepared(args)
         data = on_all_ranks(prepare_data.Dataset, args.data)
-    if args.preset in FITTED:
-        PRESETS[args.preset] |= fit(args, data)  # the command line still overrides it
-        args = parse([*argv, "--data", args.data])
+    fit(args, data)
     if args.device == "cuda":  # by number: the thread that makes batches has a device of its own
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if args.device.startswith("cuda"):
@@ -1310,6 +1320,8 @@ def random_encoder(name, data):
     name = name.removeprefix("hf://")
     if "convnextv2" in name:
         return model.ConvNeXtV2()
+    if "resnet50" in name:
+        return model.ResNet50()
     if name not in PRESETS:
         raise UsageError(f"--dry_run knows the sizes of the presets' encoders, not of {name}")
     words = ["--preset", name, "--dry_run", "--device", "cpu", "--crop_scale", "1"]

@@ -597,6 +597,19 @@ def test_an_evaluation_that_was_interrupted_is_made(home, monkeypatch):
     assert (home / "runs/cut/best/score.json").is_file()
 
 
+def test_the_best_weights_are_those_of_like_figures(home):
+    """Figures of other features are no rivals: the better number is not the better network."""
+    options = GENERATOR | dict(out="runs/best", eval_every=3, eval_images=20, steps=3)
+    start(options, eval_features="pixels")
+    score = home / "runs/best/best/score.json"
+    assert json.loads(score.read_text())["features"] == "pixels"
+    for features, last, taken in (("pixels", 3, False), ("encoder:runs/e", 6, True)):
+        better = json.loads(score.read_text()) | {"score": -1.0, "step": 0}
+        score.write_text(json.dumps(better))
+        start(options, eval_features=features, steps=6 if taken else 4)
+        assert json.loads(score.read_text())["step"] == (6 if taken else 0)
+
+
 # --------------------------------------------------------------------------------------------
 # Options and presets
 
@@ -730,6 +743,82 @@ def test_a_run_changes_no_preset_and_tells_of_another_encoder(home, capsys):
     start(GENERATOR, out="runs/another", steps=1)
     start(GENERATOR, out="runs/another", steps=2, encoder="runs/e2")
     assert "with --encoder ['runs/e2'], before ['runs/e']" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------
+# From images to grids in one command, and other classes
+
+def write_images(folder, counts):
+    """{class: images} as folder/CLASS/*.png of 12 x 12 pixels."""
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = np.random.default_rng(i).integers(0, 256, (12, 12, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+
+
+@pytest.mark.parametrize("counts", [
+    {"cat": 5, "dog": 1, "emu": 9}, {"only": 5}, {f"c{i}": 1 + i % 2 for i in range(200)}],
+    ids=["unbalanced", "one class", "200 classes"])
+def test_small_goes_from_images_to_grids(home, tmp_path, monkeypatch, capsys, counts):
+    """--preset small: data, encoder, generator and pictures; sizes follow from the images."""
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "mine", counts)
+    shutil.make_archive("mine", "zip", "mine")
+    for name, value in dict(batch_size=4, base_channels=16, steps=2).items():
+        monkeypatch.setitem(train.PRESETS["small_encoder"], name, value)
+    train.main("--preset small --data mine.zip --size 8 --steps 2 --gen 4 --pos 6 --show_reals "
+               "--device cpu".split())
+    assert prepare_data.Dataset("data/mine").meta["classes"] == list(counts)
+    assert [line["step"] for line in log("runs/mine_encoder")] == [1, 2]
+    options = json.loads(Path("runs/mine/options.json").read_text())
+    single = len(counts) == 1
+    assert options["patch_size"] == 2 and options["uncond"] == (0 if single else 8)
+    # Nine rows of pictures, the first of which are real ones; and one GIF of all grids.
+    with Image.open("runs/mine/samples_00000002.png") as grid:
+        assert grid.height > 9 * 8 and grid.width >= min(len(counts), 10) * 8
+    with Image.open("runs/mine/samples.gif") as strip:
+        assert strip.n_frames == 2
+    said = capsys.readouterr().out
+    assert "fewer than --pos 6" in said
+    train.main("--preset small --data mine.zip --size 8 --steps 2 --device cpu --gen 4 --pos 6 "
+               "--show_reals".split())
+    assert "runs/mine has its 2 steps already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("side, encoder, generator, on_gpu", [
+    (8, 1, 2, 1), (28, 2, 7, 4), (32, 2, 8, 4), (64, 4, 16, 8), (25, 1, 25, 5)])
+def test_sizes_follow_from_the_images(side, encoder, generator, on_gpu):
+    """At most 16 x 16 positions of an encoder, of which masks hide 2 x 2; 4 x 4 or 8 x 8 tokens."""
+    data = SimpleNamespace(shape=(1, side, side), num_classes=10)
+    args = train.parse(["--preset", "small_encoder", "--data", "x", "--device", "cpu"])
+    train.fit(args, data)
+    assert (args.input_patch_size, args.steps, args.cls_steps) == (encoder, 500, 350)
+    args = train.parse("--preset small --data x --device cpu --gen 5 --steps 40".split())
+    assert args.out == "runs/x"
+    for device, patch in (("cpu", generator), ("cuda", on_gpu)):
+        args.patch_size, args.device = None, device
+        train.fit(args, data)
+        assert (args.patch_size, args.gen, args.steps, args.cooldown) == (patch, 5, 40, 28)
+
+
+def test_init_from_a_model_of_other_classes(home, tmp_path, capsys):
+    """All but the class table, or an encoder's classifier, which start anew and say so."""
+    write_images(tmp_path / "two", {"a": 9, "b": 9})
+    prepare_data.prepare(tmp_path / "two", tmp_path / "data", 8, 1)
+    for kind, options, anew in (("e", ENCODER, "fc."), ("g", GENERATOR, "class_embed.")):
+        if not os.path.exists(f"runs/{kind}"):
+            start(options)
+        source = load_file(model.latest_checkpoint(f"runs/{kind}") / "model.safetensors")
+        args = parsed(options, data=str(tmp_path / "data"), init_from=f"runs/{kind}",
+                      out=str(tmp_path / kind))
+        run = train.Run(args, prepare_data.Dataset(args.data))
+        for name, tensor in run.net.state_dict().items():
+            if name.startswith(anew):
+                assert len(tensor) == len(source[name]) - 8 and tensor.abs().sum() >= 0
+            else:
+                assert torch.equal(tensor, source[name]), name
+        assert f"{anew}weight starts anew: runs/{kind} has" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------
