@@ -9,11 +9,12 @@ V is anti-symmetric in the two distributions, so when they match, V = 0 and noth
     x         gen                   [B, G, C]   generated samples, their own negatives too
     y+        pos                   [B, P, C]   real samples of the same label
     y-        neg                   [B, U, C]   real samples of any label: guidance, with a weight
-    w         weight_neg            [B, U]      (alpha - 1)(G - 1) / U
-    A         pull                  [B, G, N]   what each of the N targets y does to each sample:
-    V         force                 [B, G, C]   V_i = sum_j A_ij (y_j - x_i), the field
+    w         weight_neg            [B, U]      (alpha - 1)(G - 1) / U; other targets count as one
     tau       temperatures          3 floats    kernel widths, in units of the mean distance
-    k(x, y)   affinity(dist, tau)   [B, G, N]   N = G + U + P targets of each generated sample
+    k(x, y)   affinity(dist, tau)   [B, G, N]   kernel: of each sample and its N = G + U + P targets
+    A         what pull returns     [B, G, N]   what each target y does to each sample x:
+    V         V at each tau         [B, G, C]   V_i = sum_j A_ij (y_j - x_i), the field;
+                                                `force` is the sum over tau of normalised V
     alpha     cfg_scale             [labels]    guidance scale; the generator is conditioned on it
 
 A batch entry b is one label at one location of one feature map: samples are compared with those
@@ -67,7 +68,9 @@ def drift_loss(gen, pos, neg=None, weight_neg=None, temperatures=TEMPERATURES, k
         d[:, :, :G].diagonal(dim1=1, dim2=2).add_(100)  # a sample does not repel itself
         A = affinity(d[:, None], taus, kernel)                                 # b taus G N
         A_neg, A_pos = A.split([G + U, P], 3)                                  # views of A
-        A_neg[..., G:].mul_(weight_neg[b, None, None])  # in the softmaxes it would act as its root
+        # Weighted here: inside "both"'s root a weight would act as its root.
+        A_neg[..., G:].mul_(weight_neg[b, None, None])
+        # V_i = sum_jk A_ij A_ik (y_j - y_k), j of pos, k of neg: each gets the other side's sum.
         sum_neg = A_neg.sum(3, keepdim=True)
         sum_pos = A_pos.sum(3, keepdim=True)
         A_pos.mul_(attraction * sum_neg)
@@ -126,10 +129,11 @@ def sinkhorn_loss(gen, gen2, pos, uncond=None, cfg_scale=None, temperature=0.05,
 def chase(gen, others, w, pull, temperatures, power, reduce=None):
     """The loss |x - stopgrad(x + V)|^2 of any field V_i = sum_j A_ij (y_j - x_i), in float32.
 
-    gen [B, G, C]; others: further targets, each [B, n, C]; power: 1 or 2, of distances in `dist`
-    and in their mean, whose root is the scale; w [B, N]: what targets count in that mean.
+    gen [B, G, C]; others: further targets, each [B, n, C]; the N targets are gen's own samples
+    and these, in this order. w [B, N]: their weights in the mean distance, which is the scale.
+    power: 1 or 2; `dist` holds distances to this power, and the scale is the root of their mean.
     pull(dist [b, G, N], b, scale, unit) -> A [b, temperatures, G, N] for a slice b of the entries.
-    It may overwrite dist. Coordinates are divided by unit, so that they have order 1.
+    It may overwrite dist. V is in coordinates divided by unit, which have order 1.
     temperatures: names of the fields that A holds, whose sum is V once each has unit mean square.
     reduce: for a batch that lies in several processes or micro-batches. reduce(name, sums) gets
     sums over this part as a float64 vector, and returns those over the whole batch; it is called
@@ -166,17 +170,19 @@ def chase(gen, others, w, pull, temperatures, power, reduce=None):
         V = y.new_empty(B, len(temperatures), G, C)
         for b, d in zip(chunks, dist):
             A = pull(d, b, scale, unit)                                        # b taus G N
-            A[..., :G].diagonal(dim1=2, dim2=3).sub_(A.sum(3))  # x_i is target number i
+            # sum_j A_ij (y_j - x_i) as one product with y: x_i is target number i.
+            A[..., :G].diagonal(dim1=2, dim2=3).sub_(A.sum(3))
             y = all_targets(gen, others, b).div_(unit)                         # b N C
             torch.bmm(A.flatten(1, 2), y, out=V[b].flatten(1, 2))
 
-        # 3. Each temperature's field gets unit mean square, again over the whole batch.
+        # 3. Each temperature's field gets unit mean square, again over the whole batch, and they
+        #    are added up. Sums of squares (by norm: no copy of V), and last how many were added.
         sums = gen.new_full((len(temperatures) + 1,), B * G * C, dtype=torch.float64)
         sums[:-1] = V.norm(dim=3).square_().sum((0, 2), dtype=torch.float64)
         if reduce:
             sums = reduce("force", sums)
         mean_square = (sums[:-1] / sums[-1]).to(y.dtype)                       # taus
-        force = mean_square.clamp_min(1e-8).rsqrt() @ V.flatten(2)             # B G*C
+        force = mean_square.clamp_min(1e-8).rsqrt() @ V.flatten(2)             # B G*C, over taus
         force = force.unflatten(1, (G, C))
 
     info = {f"force_{tau}": value for tau, value in zip(temperatures, mean_square)}
@@ -184,10 +190,8 @@ def chase(gen, others, w, pull, temperatures, power, reduce=None):
 
 
 class Chase(torch.autograd.Function):
-    """|x - stopgrad(x + V)|^2 for x = gen / unit: its value is mean V^2, its gradient -2 V.
-
-    So no graph over the pairs is kept, and no copy of x.
-    """
+    """mean |x - stopgrad(x + V)|^2, x = gen / unit. Its value is mean V^2, its gradient in x -2 V
+    over the number of coordinates: no graph over the pairs is kept, and no copy of x."""
 
     @staticmethod
     def forward(ctx, gen, force, unit):
@@ -224,8 +228,9 @@ def transport(cost, iterations):
     """Entropic optimal transport [b, G, M] between uniform masses, each row divided by its sum.
 
     cost [b, G, M] in units of the regularisation. An iteration of Sinkhorn's divides rows by their
-    sums, then columns. The first is made with logarithms; since then no sum is small, and two
-    products with row vectors (on a CPU columns take thrice the time) make an iteration.
+    sums, then columns. The first is made with logarithms, after which no sum is small. The others
+    find factors only, as row vectors (on a CPU columns take thrice the time); those of the rows
+    cancel in the last division.
     """
     plan = cost.neg().log_softmax(2).softmax(1)
     columns = plan.new_ones(len(plan), 1, plan.shape[2])

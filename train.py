@@ -196,16 +196,6 @@ def build_parser(preset=None):
     add("--cls_weight", type=share, default=0.1, help="lam of lam CE + (1 - lam) L2")
     add("--cls_ramp", type=positive_int, default=1000, help="steps in which lam rises from 0")
 
-    add_generator_options(parser)
-    if preset:
-        parser.set_defaults(**copy.deepcopy(PRESETS[preset]))
-    return parser
-
-
-def add_generator_options(parser):
-    share = number(float, least=0, most=1)
-    count = number(int, least=0)
-
     add = parser.add_argument_group("stage generator (A.8)").add_argument
     add("--encoder", nargs="+", help="whose features samples drift in, one or several: a run, "
         "checkpoint, artifact, hf://..., or a preset (then runs/PRESET, trained if missing)")
@@ -248,6 +238,10 @@ def add_generator_options(parser):
     add("--repelled_by", choices=drift.REPELLED_BY, default="independent", help="samples that push "
         "others: a second batch, the batch itself, or none")
 
+    if preset:
+        parser.set_defaults(**copy.deepcopy(PRESETS[preset]))
+    return parser
+
 
 def parse(argv):
     """default < preset < command line. An option that this run would not read is an error."""
@@ -274,9 +268,9 @@ def parse(argv):
 
     if args.stage == "generator" and args.reals == "index" and "--push" in given:
         parser.error("--push is read with --reals queue only")
-    for switch in ("eval_every", "cls_steps"):  # its value 0 switches the options off that follow
+    for prefix, switch in (("eval_", "eval_every"), ("cls_", "cls_steps")):  # 0 switches all off
         for name in options.keys() - {switch}:
-            if name.startswith(switch[:4]) and f"--{name}" in given and options[switch] == 0:
+            if name.startswith(prefix) and f"--{name}" in given and options[switch] == 0:
                 parser.error(f"--{name} is read with --{switch} only")
     if args.bf16 is None:
         args.bf16 = args.device.startswith("cuda")
@@ -284,7 +278,7 @@ def parse(argv):
         parser.error(f"--device {args.device}: torch sees no GPU here")
     if args.out is None and args.preset is None:
         parser.error("--out is needed without a preset")
-    if args.data is None or options.get("encoder", args.data) is None:
+    if args.data is None or args.stage == "generator" and args.encoder is None:
         parser.error("--data (and for the generator --encoder) is needed")
     if args.out is None:  # of --preset small_encoder --data my.zip: runs/my_encoder
         args.out = "runs/" + args.preset.replace("small", name_of(args.data))
@@ -454,8 +448,8 @@ class GeneratorStage:
         self.encoders, self.encoder_digests = open_encoders(args, data)
         # A second batch of samples, without gradients, by which a field other than drifting repels.
         # Its price: a forward pass of the generator and of the encoders, and its features.
-        self.second = args.field != "drifting" and vars(args).get("repelled_by") in (
-            None, "independent")
+        self.second = (args.field != "drifting"
+                       and getattr(args, "repelled_by", "independent") == "independent")
         self.forward = self.net
         self.encode = [encoder.features for encoder in self.encoders]
         if args.compile:
@@ -525,25 +519,19 @@ class GeneratorStage:
     def push(self, ids):
         self.queue.push(ids, self.data.labels[ids])
 
-    def generate(self, batch):
-        """Samples [labels, G, c, h, w]."""
+    def generate(self, batch, first=0):
+        """Samples [labels, G, c, h, w] of each label's noise and styles from number `first` on."""
         gen = self.args.gen
-        return self.samples_of(batch, batch["noise"][:, :gen], batch["styles"][:, :gen])
+        noise, styles = (batch[name][:, first:first + gen] for name in ("noise", "styles"))
+        with autocast(self.args):
+            x = self.forward(noise.flatten(0, 1), batch["labels"].repeat_interleave(gen),
+                             batch["alpha"].repeat_interleave(gen), styles.flatten(0, 1))
+        return x.unflatten(0, (-1, gen))
 
     @torch.no_grad()
     def generate_second(self, batch):
         """Samples of the same labels and alphas with other noise and styles; None without them."""
-        gen = self.args.gen
-        if not self.second:
-            return None
-        return self.samples_of(batch, batch["noise"][:, gen:], batch["styles"][:, gen:])
-
-    def samples_of(self, batch, noise, styles):
-        labels, gen = noise.shape[:2]
-        with autocast(self.args):
-            x = self.forward(noise.flatten(0, 1), batch["labels"].repeat_interleave(gen),
-                             batch["alpha"].repeat_interleave(gen), styles.flatten(0, 1))
-        return x.unflatten(0, (labels, gen))
+        return self.generate(batch, self.args.gen) if self.second else None
 
     def features(self, x):
         """x [labels, n, c, h, w] -> {name: [labels, n, T, C]}: the samples' own, and encoders'."""
