@@ -439,11 +439,6 @@ def describe(name, x):
     return {"within 0.1 of the roll": (nearest < 0.1).float().mean().item()}
 
 
-# Drifting's widest temperature sees across the plane: without it samples that start far from
-# their reals would feel only the floor of the affinities, which pulls to all sides alike.
-TOY_OPTIONS = {"drifting": dict(temperatures=(0.05, 0.1, 0.2, 1.0))}
-
-
 def toy_experiment(experiment, steps, n=256, real=1024, seed=0, field="drifting"):
     """Train on one entry of EXPERIMENTS: n generated against `real` real points a step.
 
@@ -465,6 +460,11 @@ def toy_experiment(experiment, steps, n=256, real=1024, seed=0, field="drifting"
         generator[-1].weight.mul_(0.3 / generator(noise(n)).std(0).mean())
         generator[-1].bias.copy_(torch.tensor(start))
     optimizer = torch.optim.Adam(generator.parameters())
+    options = {}
+    if field == "drifting":
+        # The widest temperature sees across the plane: without it samples that start far from
+        # their reals would feel only the floor of the affinities, which pulls to all sides alike.
+        options = dict(temperatures=(0.05, 0.1, 0.2, 1.0))
     fixed_noise = noise(2048)
     stream = torch.Generator().manual_seed(seed)
     frames = []
@@ -475,7 +475,6 @@ def toy_experiment(experiment, steps, n=256, real=1024, seed=0, field="drifting"
         with torch.no_grad():  # drawn for all fields alike
             gen2 = generator(noise(n))[None]
         pos = draw_target(target, real, stream)[None]
-        options = TOY_OPTIONS.get(field, {})
         loss, info = FIELDS[field](gen, gen2, pos, gen[:, :0], torch.ones(1), **options)
         if step % (steps // 48) == 0 or step == steps - 1:
             forces.append(list(info.values())[-1].item())

@@ -73,23 +73,6 @@ PRESETS = {
         model="L", labels=128, pos=128, uncond=32, alpha_power=5, push=2048,
         lr=4e-4, weight_decay=0.01, warmup=10000, steps=100000),                # 1.61 (1.62)
 
-    # The other field, of W-Flow, with its paper's FID. It has eight and 64 hosts.
-    "wflow_ablation": LATENT | dict(
-        field="sinkhorn", iterations=10, model="B", labels=64, pos=64, uncond=16, alpha_power=3,
-        push=512, attn_fp32=True, lr=2e-4, weight_decay=0.01, warmup=5000, steps=30000,
-        encoder=["hf://mae_latent_256"]),                                       # 7.08
-    "wflow_B": LATENT | dict(
-        field="sinkhorn", iterations=10, model="B", labels=128, pos=64, uncond=32, alpha_power=5,
-        push=8192, lr=4e-4, weight_decay=0.0, warmup=10000, steps=200000),      # 1.52
-    "wflow_L": LATENT | dict(
-        field="sinkhorn", iterations=1, model="L", labels=128, pos=64, uncond=32, alpha_power=3,
-        alpha_fixed=0.5, push=8192, lr=4e-4, weight_decay=0.01, warmup=10000,
-        steps=200000),                                                          # 1.35
-    "wflow_XL": LATENT | dict(
-        field="sinkhorn", iterations=1, temperature=0.01, model="XL", labels=128, pos=128,
-        uncond=32, alpha_power=4, alpha_fixed=0.2, push=8192, lr=3e-4, weight_decay=0.01,
-        warmup=10000, steps=200000),                                            # 1.29, at 180k
-
     # Encoders, with the FID of a generator in their features: Table 3, and the best row above.
     "mae_latent_256": MAE | dict(
         base_channels=256, steps=30000, to_latents=True),                       # 8.46 (8.49)
@@ -135,6 +118,16 @@ PRESETS["fashion"] = PRESETS["small"] | FASHION | dict(encoder=["fashion_encoder
 # The ablation's global batch on one node of eight GPUs, and on one GPU, 8 labels at a time.
 PRESETS["latent_ablation_8gpu"] = PRESETS["latent_ablation"] | dict(checkpoint_blocks=True)
 PRESETS["latent_ablation_1gpu"] = PRESETS["latent_ablation_8gpu"] | dict(micro_batches=8)
+# The same recipes with W-Flow's field, and its paper's FID. It has eight and 64 hosts.
+WFLOW = dict(field="sinkhorn", iterations=1, push=8192)
+PRESETS |= {
+    "wflow_ablation": PRESETS["latent_ablation"] | WFLOW | dict(iterations=10, push=512),  # 7.08
+    "wflow_B": PRESETS["latent_B"] | WFLOW | dict(iterations=10),               # 1.52
+    "wflow_L": PRESETS["latent_L"] | WFLOW,                                     # 1.35
+    "wflow_XL": PRESETS["latent_L"] | WFLOW | dict(
+        model="XL", temperature=0.01, pos=128, alpha_power=4, alpha_fixed=0.2,
+        lr=3e-4),                                                               # 1.29, at 180k
+}
 
 
 def build_parser(preset=None):
@@ -238,8 +231,7 @@ def build_parser(preset=None):
     add("--repelled_by", choices=drift.REPELLED_BY, default="independent", help="samples that push "
         "others: a second batch, the batch itself, or none")
 
-    if preset:
-        parser.set_defaults(**copy.deepcopy(PRESETS[preset]))
+    parser.set_defaults(**copy.deepcopy(PRESETS.get(preset, {})))
     return parser
 
 
@@ -248,7 +240,7 @@ def parse(argv):
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
     preset = first.parse_known_args(argv)[0].preset
-    parser = build_parser(preset if preset in PRESETS else None)
+    parser = build_parser(preset)
     args = parser.parse_args(argv)
     given = {word.split("=")[0] for word in argv}
     options = vars(args)
@@ -343,8 +335,9 @@ class EncoderStage:
         side = data.shape[1] // 8 if through_vae else data.shape[1]
         factor = 2 * args.input_patch_size  # masks hide patches of 2 x 2 of its positions
         if side % factor:
-            raise UsageError(f"{args.data}: --input_patch_size {args.input_patch_size} needs images "
-                             f"of a side that {factor} divides, not {side}: prepare it with --size")
+            raise UsageError(f"{args.data}: --input_patch_size {args.input_patch_size} needs "
+                             f"images of a side that {factor} divides, not {side}: prepare it "
+                             "with --size")
         self.args = args
         self.data = data
         self.net = model.MAE(4 if args.to_latents else data.shape[0], args.base_channels,
@@ -491,10 +484,9 @@ class GeneratorStage:
             reals = self.data.batch(ids, rng, args.flip, args.device)
             if args.crop_scale < 1:
                 reals = crop(reals, args.crop_scale, [rng] * len(ids))
-            alpha = upload(alpha, args.device)[0]
-            rows.append((alpha, noise, styles, reals, upload(ids, args.device)))
-        names = ("alpha", "noise", "styles", "reals", "ids")
-        batch = {name: torch.stack(column) for name, column in zip(names, zip(*rows))}
+            rows.append({"alpha": upload(alpha, args.device)[0], "noise": noise, "styles": styles,
+                         "reals": reals, "ids": upload(ids, args.device)})
+        batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         return {"labels": upload(labels[slots], args.device), **batch}
 
     def queue_after(self, step, fresh):
@@ -566,7 +558,7 @@ class GeneratorStage:
         A feature's loss needs two sums over the global batch: of its distances and, made with
         these, of its forces (A.6). With 64 labels, 2 processes and 4 micro-batches a process holds
         8 labels at a time, but both sums are those of all 64: gradients are those of one pass. The
-        price are two more forward passes.
+        price: one more forward pass of the generator, two of the encoders.
         """
         finite = torch.ones((), dtype=torch.bool, device=self.args.device)
 
@@ -588,22 +580,22 @@ class GeneratorStage:
 
         # 2. One kind of sum after the other, over the parts and then over the processes.
         totals = {}
-        for kind in ("distance", "force"):
-            own = {}
-
-            def collect(feature, name, sums):
-                if name == kind:
-                    own[feature] = own.get(feature, 0) + sums
-                return totals.get((feature, name), sums)  # what comes of a part's sum is not used
-
-            with torch.no_grad():
-                for (x, second), part in zip(samples, parts):
-                    self.loss(x, second, part, collect)
-            for feature, sums in own.items():
-                totals[feature, kind] = over_processes(feature, kind, sums)
+        own = {}
 
         def total(feature, name, sums):
-            return totals[feature, name]
+            if (feature, name) in totals:
+                return totals[feature, name]
+            own[feature, name] = own.get((feature, name), 0) + sums
+            return sums  # what comes of a part's sum is not used
+
+        for kind in ("distance", "force"):
+            own.clear()
+            with torch.no_grad():
+                for (x, second), part in zip(samples, parts):
+                    self.loss(x, second, part, total)
+            for feature, name in own:
+                if name == kind:
+                    totals[feature, kind] = over_processes(feature, kind, own[feature, kind])
 
         # 3. Part by part the gradient goes through the encoders to the samples, and from there
         #    through the generator, so that one network's activations are in memory at a time.
@@ -682,7 +674,7 @@ def stream(seed, device="cpu"):
 
 def crop(x, min_area, rngs, mirror=False):
     """A random crop of each image at the image's size, half of them mirrored if that is wanted."""
-    boxes = [prepare_data.random_crop(*x.shape[:1:-1], min_area, rng) for rng in rngs]
+    boxes = [prepare_data.random_crop(x.shape[3], x.shape[2], min_area, rng) for rng in rngs]
     flips = [mirror and rng.random() < 0.5 for rng in rngs]
     return prepare_data.crop_resize(x, np.array(boxes), np.array(flips))
 
@@ -709,7 +701,10 @@ def open_vae(args, data):
 
 
 def open_encoders(args, data):
-    """Encoders, and the sha256 of each one's weights, by which a resumed run knows them again."""
+    """Encoders, and the sha256 of each one's weights, by which a resumed run knows them again.
+
+    One of yours is added to model.ENCODERS. Its weights may be bfloat16 while images are float32.
+    """
     encoders = torch.nn.ModuleList()
     digests = []
     channels = 3 if args.pixel_encoder else data.shape[0]
@@ -755,8 +750,8 @@ class Run:
         """One step: gradients of all processes, clipped, AdamW, averages. It waits for no GPU.
 
         Returns figures to log, figures by feature, and the step's status as Later: skipped steps
-        in a row, processes that were asked to stop, and for each process a number that is larger
-        where numbers that are not finite are its own.
+        in a row, processes that were asked to stop, and for each process 0 to 3, the most where
+        numbers that are not finite arose.
         """
         args = self.args
         lr = learning_rate(step, args)
@@ -1146,8 +1141,9 @@ class Evaluator:
 
 # --------------------------------------------------------------------------------------------
 # Checkpoints: OUT/step_N/ is config.json and model.safetensors (EMA weights, which load anywhere),
-# ema_DECAY/ of further averages alike, train_state.safetensors (all else that resuming needs),
-# and SHA256SUMS, for `sha256sum --check`
+# ema_DECAY/ of further averages alike, train_state.safetensors (weights in training, AdamW's
+# moments, skipped steps; as metadata step, options and digests of data and encoders; no random
+# state, as draws follow from seed and step), and SHA256SUMS, for `sha256sum --check`
 
 def save_checkpoint(run, step):
     """Written under a temporary name, synced, renamed: what is called step_N is whole."""
