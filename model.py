@@ -656,6 +656,7 @@ class VAE(nn.Module):
 
 # A new encoder is a class derived from nn.Module and Pretrained, with `in_channels` and `features`
 # as MAE has them, and an entry here: then save_pretrained, load_encoder and --encoder know it.
+# Images come in float32, weights are bfloat16 under --bf16: cast the images to their type.
 ENCODERS = {"mae": MAE, "convnextv2": ConvNeXtV2, "resnet50": ResNet50}
 BUILT_FROM_FILES = (Generator, MAE, ConvNeXtV2, ResNet50)  # all of their tensors are in files
 

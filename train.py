@@ -130,14 +130,16 @@ PRESETS |= {
 }
 
 
+# Kinds of numbers that options take.
+share = number(float, least=0, most=1)
+positive = number(float, above=0)
+count = number(int, least=0)
+
+
 def build_parser(preset=None):
     """All options on one screen. One of the stage that does not run is an error, see `parse`."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__,
                                      formatter_class=sample.HelpFormat)
-    share = number(float, least=0, most=1)
-    positive = number(float, above=0)
-    count = number(int, least=0)
-
     add = parser.add_argument_group("run").add_argument
     add("--preset", choices=PRESETS, help="row of PRESETS; other options override it")
     add("--stage", choices=STAGES, default="generator", help="what is trained")
@@ -189,6 +191,12 @@ def build_parser(preset=None):
     add("--cls_weight", type=share, default=0.1, help="lam of lam CE + (1 - lam) L2")
     add("--cls_ramp", type=positive_int, default=1000, help="steps in which lam rises from 0")
 
+    add_generator_options(parser)
+    parser.set_defaults(**copy.deepcopy(PRESETS.get(preset, {})))
+    return parser
+
+
+def add_generator_options(parser):
     add = parser.add_argument_group("stage generator (A.8)").add_argument
     add("--encoder", nargs="+", help="whose features samples drift in, one or several: a run, "
         "checkpoint, artifact, hf://..., or a preset (then runs/PRESET, trained if missing)")
@@ -230,9 +238,6 @@ def build_parser(preset=None):
     add("--iterations", type=positive_int, default=10, help="Sinkhorn iterations")
     add("--repelled_by", choices=drift.REPELLED_BY, default="independent", help="samples that push "
         "others: a second batch, the batch itself, or none")
-
-    parser.set_defaults(**copy.deepcopy(PRESETS.get(preset, {})))
-    return parser
 
 
 def parse(argv):
