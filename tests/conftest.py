@@ -235,6 +235,13 @@ def convnext_of_transformers(folder, safetensors):
     return folder
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests stay in one process: what they share, and start beside them, is made once."""
+    from xdist.scheduler import LoadFileScheduling
+    return LoadFileScheduling(config, log)
+
+
 @pytest.fixture(scope="session")
 def mae_artifact(tmp_path_factory):
     """`mae_latent_tiny`: its 12 MB of weights follow from shapes.json by the fixtures' recipe."""

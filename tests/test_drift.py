@@ -265,7 +265,7 @@ def test_queue_keeps_the_latest_of_each_class():
     ("two_modes_collapsed", "sinkhorn")])
 def test_no_mode_is_lost(experiment, field):
     """Sec. 5.1, shortened: wherever the samples start, each mode ends with half of them."""
-    frames, forces = drift.toy_experiment(experiment, steps=480, n=128, real=256, field=field)
+    frames, forces = drift.toy_experiment(experiment, steps=160, n=128, real=256, field=field)
     shares = drift.describe("two_modes", frames[-1])
     assert 0.45 < shares["left"] < 0.55 and 0.45 < shares["right"] < 0.55
     assert drift.describe("two_modes", frames[0])["right"] < 0.2
@@ -273,8 +273,8 @@ def test_no_mode_is_lost(experiment, field):
 
 
 def test_the_checkerboard_is_learned(tmp_path):
-    """Shortened: three quarters of the way to the figure in the README, all squares populated; and its animation."""
-    frames, forces = drift.toy_experiment("checkerboard", steps=768, n=128, real=256)
+    """Shortened: most samples lie in dark squares, all of which are populated; and its animation."""
+    frames, forces = drift.toy_experiment("checkerboard", steps=480, n=128, real=256)
     numbers = drift.describe("checkerboard", frames[-1])
     assert numbers["in dark squares"] > 0.75 and numbers["emptiest of them"] > 0.05
     drift.save_animation("checkerboard", frames[::8], forces[::8], tmp_path / "x.gif")

@@ -677,7 +677,10 @@ WFLOW = FIXTURES / "wflow_gen_tiny/state_00200000.pt"
 
 
 def test_wflow_matches_its_release(tmp_path):
-    """By the file, its folder, and saved again as ours; `model` and `optimizer` are not read."""
+    """By the file, its folder, and saved again as ours; `model` and `optimizer` are not read.
+
+    To keep the fixture small, each tensor of these two is one number, expanded to its shape.
+    """
     io = np.load(WFLOW.parent / "io.npz")
     noise, expected = nchw(io["noise_bhwc"]), nchw(io["samples_bhwc"])
     inputs = [torch.from_numpy(io[key]) for key in ("class_labels", "cfg_scale", "style_indices")]
