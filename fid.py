@@ -481,9 +481,10 @@ def read_statistics(path, extractor):
         arrays = [file[prefix + "mu"], file[prefix + "sigma"]]
         if any(np.iscomplexobj(array) for array in arrays):
             raise ValueError("they are complex")
-        mu, sigma = [torch.tensor(array, dtype=torch.float64) for array in arrays]
+        # By numpy: torch reads no numbers of the other byte order.
+        mu, sigma = [torch.from_numpy(array.astype(np.float64)) for array in arrays]
         if "real" in file:
-            real = torch.tensor(file["real"], dtype=torch.float32)
+            real = torch.from_numpy(file["real"].astype(np.float32))
         if "size" in file:
             size = [int(side) for side in file["size"]]
         made_with = {"features": "inception", "resize": ""}  # mu and sigma can be either family's
@@ -509,15 +510,22 @@ def read_statistics(path, extractor):
         problem = "mu or sigma hold NaN or Inf"
     elif not torch.allclose(sigma, sigma.T):
         problem = "mu and sigma are no mean and covariance, which is symmetric"
-    elif sigma.diagonal().min() < 0:
+    elif has_negative_variances(sigma):
         problem = "sigma holds negative variances"
-    elif real is not None and not (real.shape[1:] == mu.shape and real.isfinite().all()):
-        problem = f"real are no finite features of {width} numbers"
+    elif real is not None and not (real.shape[1:] == mu.shape and real.isfinite().all()
+                                   and len(real) > 3):
+        problem = f"real are no finite features of {width} numbers, of four images or more"
     if problem:
         raise UsageError(f"{path}: {problem}")
     reference = {"mu": mu, "sigma": sigma, "real": real, "size": size, "ref": Path(path).name,
                  "ref_sha256": ref_sha256}
     return reference, path if "arr_0" in file else None
+
+
+def has_negative_variances(sigma):
+    """In any direction, by more than rounding. Much sooner known than the eigenvalues."""
+    rounding = 1e-4 * sigma.diagonal().abs().max() + 1e-12
+    return bool(torch.linalg.cholesky_ex(sigma + rounding * torch.eye(len(sigma)))[1])
 
 
 def generated(generator, cfg_scale=1.0, seed=0, temperature=1.0, vae=None):
@@ -539,7 +547,7 @@ def open_images(source):
     taken. Raises UsageError for what is none of these, broken, of several sizes, or latents.
     """
     path = Path(source)
-    if path.suffix == ".npz" and not path.is_dir():
+    if path.suffix.lower() == ".npz" and not path.is_dir():
         return open_npz(path)
     if (path / "log.jsonl").is_file():
         raise UsageError(f"{path} is a run's folder, its pictures are grids: give it as --ckpt")
@@ -766,7 +774,7 @@ def main(argv=None):
     args = parse(argv)
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.command != "eval":
-        args.out = Path(args.out or "neighbours.png")
+        args.out = Path("neighbours.png" if args.out is None else args.out)
         on_all_ranks(check_out, args.out)
     extractor = load_extractor(args.features, args.resize, args.inception, args.device,
                                not args.no_converted_copy)

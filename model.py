@@ -1098,8 +1098,10 @@ def check_sums(*files):
         for folder in list(file.parents)[:2]:  # a further average lies in a folder of its own
             try:
                 wanted = read_sums(folder).get(str(file.relative_to(folder)))
-            except (OSError, ValueError):
+            except OSError:
                 continue
+            except ValueError as error:
+                raise UsageError(f"{folder}/SHA256SUMS: damaged ({one_line(error)})") from error
             if wanted and sha256(file) != wanted:
                 raise UsageError(f"{file}: damaged, it is not what {folder}/SHA256SUMS says")
 
@@ -1115,7 +1117,11 @@ def run_script(main):
     and, of several processes, the number of the one where it happened.
     """
     script = Path(sys.argv[0]).name
+    # A class may have a name that the terminal cannot show.
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        if "" in sys.argv:
+            raise UsageError("an option is empty: a variable of the shell that is not set?")
         start_processes()
         main()
         sys.stdout.flush()
@@ -1217,7 +1223,8 @@ def number(kind, least=-math.inf, most=math.inf, above=-math.inf):
 
     def parse(text):
         value = kind(text)
-        if not (math.isfinite(value) and least <= value <= most and value > above):
+        # float32, which networks compute in, ends at 3.4e38.
+        if not (-3e38 < value < 3e38 and least <= value <= most and value > above):
             raise argparse.ArgumentTypeError(f"must be {' and '.join(limits or ['finite'])}, "
                                              f"not {text}")
         return value
@@ -1226,3 +1233,12 @@ def number(kind, least=-math.inf, most=math.inf, above=-math.inf):
 
 
 positive_int = number(int, least=1)
+
+
+def usable_device(text):
+    """`type=` of --device: one that torch can use here."""
+    try:
+        torch.empty(1, device=text).item()
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(one_line(error)) from error
+    return text

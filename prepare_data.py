@@ -55,6 +55,7 @@ SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "tes
           "valid": "val", "validation": "val", "eval": "val"}
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff",
               ".avif", ".ppm")
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "AVIF", "PPM")
 # A file of some kB can unpack to all of the memory. Larger images and files are refused.
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 1_000_000_000
@@ -386,12 +387,17 @@ def class_folders(path):
             entries = sorted(entries, key=lambda entry: entry.name, reverse=True)
         for entry in entries:
             name = folder + entry.name
-            if entry.is_dir():
+            try:
+                is_folder = entry.is_dir()
+                is_file = entry.is_file()
+            except OSError:  # a link to itself, or to where we may not look
+                is_folder = is_file = False
+            if is_folder:
                 name += "/"
                 if not hidden(name):
                     waiting = links if entry.is_symlink() else folders
                     waiting.append(name)
-            elif not entry.is_file():
+            elif not is_file:
                 name += " (a pipe, a device or a link to nothing)"
             names.append(name)
     return by_class(path, names, lambda name: open(path / name, "rb"))
@@ -404,6 +410,8 @@ def class_zip(path):
         archive = zipfile.ZipFile(open(path, "rb"))
         for member in archive.infolist():
             name = PurePosixPath(member.filename.replace("\\", "/").lstrip("/")).as_posix()
+            if name in members:
+                raise zipfile.BadZipFile(f"two members are {name}")
             members[name + "/" if member.is_dir() else name] = member
             # A damaged directory: an entry that swallows the next one, or a name that is not the
             # one beside the member, which opening compares. An image is opened when it is read.
@@ -533,13 +541,15 @@ def open_image(data):
     range is not known, as in TIFF's integers of 32 bits and floats.
     """
     try:
-        Image.open(io.BytesIO(data)).verify()  # checksums of PNG, which decoding passes over
-        image = Image.open(io.BytesIO(data))
+        # EPS would start a program, whatever the file's name.
+        Image.open(io.BytesIO(data), formats=FORMATS).verify()  # PNG's checksums, which load skips
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
         if math.prod(image.size) > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, more than MAX_PIXELS = "
                              f"{MAX_PIXELS:,} of prepare_data.py")
         if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
             raise ValueError("32-bit or float pixels, of unknown range: store 8 or 16 bits")
+        image.load()  # which turns a TIFF, and takes its orientation away
         # Not PIL's exif_transpose: it writes the other EXIF tags again, and fails at bad ones.
         turn = ORIENTATIONS.get(image.getexif().get(0x0112))
         if turn:

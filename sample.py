@@ -24,9 +24,9 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from model import (SD_VAE, UsageError, barrier, digest, gather, get_rank, load_generator, load_vae,
-                   number, on_all_ranks, one_line, positive_int, run_script, sha256, whole_file,
-                   world_size)
-from prepare_data import note
+                   number, on_all_ranks, one_line, positive_int, run_script, sha256,
+                   usable_device, whole_file, world_size)
+from prepare_data import EXTENSIONS, note
 
 
 def generate(generator, labels, indices, cfg_scale=1.0, temperature=1.0, seed=0, batch_size=64,
@@ -159,7 +159,8 @@ def begin_folder(folder, files, origin):
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{folder} holds files and no samples.json that says what made them: "
                          "choose an empty folder") from error
-    other += sorted({path.name for path in folder.glob("[!.]*.png")} - set(files))
+    images = {path.name for path in folder.glob("[!.]*") if path.suffix.lower() in EXTENSIONS}
+    other += sorted(images.difference(files))
     if other:
         raise UsageError(f"{folder} holds images of another run ({other[0]}): choose another")
 
@@ -167,8 +168,8 @@ def begin_folder(folder, files, origin):
 def check_out(path):
     """Raises UsageError where no file `path` can be written: before the work, not after it."""
     try:
-        if path.is_dir():
-            raise IsADirectoryError("it is a folder")
+        if path.exists() and not path.is_file():  # of /dev/null a file would take the place
+            raise OSError("it is a folder or a device")
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
@@ -273,7 +274,8 @@ def parse(argv=None):
     add("--out", default="samples.png", help="X.png: a grid; X.npz: arr_0 uint8 [N, H, W, C]; a "
         "name without a dot: a folder of PNGs")
     add("--compile", action="store_true", help="torch.compile both networks")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cuda or cpu")
     args = parser.parse_args(argv)
     if Path(args.out).suffix not in ("", ".png", ".npz"):
         parser.error(f"--out {args.out}: X.png, X.npz, or a folder, whose name has no dot")

@@ -111,6 +111,36 @@ def test_images_that_are_something_else(tmp_path):
             prepare_data.prepare(folder, tmp_path / "o")
 
 
+def test_what_would_end_as_a_traceback_or_be_silent(tmp_path):
+    """A link to itself, a TIFF that its own reader turns, EPS, two members of a name, devices."""
+    source = pictures(tmp_path / "x", "cat:2 dog:2")
+    (source / "self").symlink_to("self")
+    assert read_by_both(source, tmp_path / "out") == dict(train="cat:2 dog:2")
+    file = io.BytesIO()
+    halves = np.repeat(np.uint8([[255, 0]]), 4, 1).repeat(8, 0)  # white on the left
+    Image.fromarray(halves).save(file, "TIFF", tiffinfo={274: 6})
+    assert (np.asarray(prepare_data.open_image(file.getvalue()))[..., 0] == halves.T).all()
+    with pytest.raises(UsageError, match="cannot identify"):
+        prepare_data.open_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EOF\n")
+    with zipfile.ZipFile(tmp_path / "twice.zip", "w") as archive:
+        for name in ("cat/0.png", r"cat\0.png"):
+            archive.write(source / "cat/0.png", name)
+    with pytest.raises(UsageError, match="two members are cat/0.png"):
+        prepare_data.open_source(tmp_path / "twice.zip")
+    with pytest.raises(UsageError, match="device"):
+        sample.check_out(Path("/dev/zero"))
+    for words in ("--seed 1" + 400 * "0", "--temperature 1e39", "--device tpu"):
+        with pytest.raises(SystemExit):
+            sample.parse(["--ckpt", "x", *words.split()])
+
+
+def test_statistics_of_the_other_byte_order(tmp_path):
+    np.savez(tmp_path / "x.npz", mu=np.arange(2, dtype=">f8"), sigma=np.eye(2, dtype=">f4"),
+             features="pixels", resize="none")
+    reference = fid.open_reference(fid.load_extractor("pixels"), tmp_path / "x.npz")
+    assert reference["mu"].tolist() == [0, 1] and (reference["sigma"] == torch.eye(2)).all()
+
+
 # --------------------------------------------------------------------------------------------
 # Mutations of files of eight kinds, which are called by their names
 
