@@ -148,8 +148,8 @@ def build_parser(preset=None):
     add("--size", type=positive_int, help="side to which a source is prepared (None: as it is)")
     add("--out", help="run folder (None: runs/PRESET; of small runs/NAME)")
     add("--seed", type=count, default=0, help="with the step, all that randomness depends on")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cuda or cpu")
+    add("--device", type=model.usable_device, help="cuda or cpu",
+        default="cuda" if torch.cuda.is_available() else "cpu")
     add("--bf16", action=argparse.BooleanOptionalAction, help="networks compute in bfloat16, which "
         "is the default on a GPU; master weights, statistics and the drift loss stay float32")
     add("--compile", action="store_true", help="torch.compile the networks")
@@ -271,8 +271,6 @@ def parse(argv):
                 parser.error(f"--{name} is read with --{switch} only")
     if args.bf16 is None:
         args.bf16 = args.device.startswith("cuda")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {args.device}: torch sees no GPU here")
     if args.out is None and args.preset is None:
         parser.error("--out is needed without a preset")
     if args.data is None or args.stage == "generator" and args.encoder is None:
