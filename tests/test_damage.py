@@ -359,7 +359,7 @@ def test_ctrl_c_and_head(tmp_path):
 
     def press(process, code):
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=60)
         assert process.returncode == code and "Traceback" not in err, err
         return out
 
