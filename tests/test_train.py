@@ -663,7 +663,8 @@ ENCODER_SIZES = {
 
 def stage_without_memory(preset):
     """The stage that a dry run of a preset builds, on the meta device."""
-    args = train.parse(["--preset", preset, "--dry_run", "--device", "meta"])
+    args = train.parse(["--preset", preset, "--dry_run", "--device", "cpu"])
+    args.device = "meta"
     with torch.device("meta"):
         return train.STAGES[args.stage](args, train.RandomData(args.data))
 
