@@ -94,8 +94,8 @@ PRESETS = {
     # For any small images: what is None follows from them and from the device, see `fit`.
     "small_encoder": dict(
         stage="encoder", input_patch_size=None, base_channels=None, layers=None, batch_size=None,
-        steps=None, cls_steps=None, cls_weight=0.5, cls_ramp=50, ema_decay=[0.99], lr=2e-3,
-        warmup=None, sample_every=250, save_every=100),
+        steps=None, cls_steps=None, cls_ramp=50, ema_decay=[0.99], lr=2e-3, warmup=None,
+        sample_every=200, save_every=100),
     "small": dict(
         stage="generator", encoder=["small_encoder"], model=None, patch_size=None, labels=None,
         gen=None, pos=None, uncond=None, alpha_power=2, alpha_fixed=None, reals="index",
@@ -288,32 +288,30 @@ def name_of(data):
 def fit(args, data):
     """Set the options that a row of PRESETS leaves None: by images, classes and device."""
     on_gpu = args.device.startswith("cuda")
-    side = data.shape[1]
     if args.stage == "encoder":
-        patch = patch_of(side, 16, 2)
-        row = dict(input_patch_size=patch, base_channels=32, layers=[1, 1, 1], batch_size=128,
-                   steps=500)
+        row = dict(base_channels=32, layers=[1, 1, 1], batch_size=128, steps=400)
         if on_gpu:
-            row |= dict(base_channels=64, layers=[2, 2, 2], batch_size=512, steps=3000)
-        last = "cls_steps"
+            row = dict(base_channels=64, layers=[2, 2, 2], batch_size=512, steps=3000)
+        steps = args.steps or row["steps"]
+        row |= dict(input_patch_size=patch_of(data, 16, 2), cls_steps=steps // 2)
     else:
-        row = dict(patch_size=patch_of(side, 4), model="XS", labels=10, gen=16, pos=32, uncond=8,
-                   alpha_fixed=0.0, lr=2e-3, steps=100 * min(max(10, data.num_classes), 50))
+        row = dict(model="XS", labels=10, gen=12, pos=24, uncond=6, alpha_fixed=0.0, lr=2e-3,
+                   steps=80 * min(max(10, data.num_classes), 50))
         if on_gpu:
-            row |= dict(patch_size=patch_of(side, 8), model="S", gen=64, pos=64, uncond=16,
-                        lr=4e-4, steps=10 * row["steps"])
+            row |= dict(model="S", gen=64, pos=64, uncond=16, lr=4e-4, steps=10 * row["steps"])
         if data.num_classes == 1:  # guidance needs other classes
-            row |= dict(labels=2, gen=80, pos=128, uncond=0, alpha_fixed=1.0)
-        last = "cooldown"
-    steps = args.steps or row["steps"]
-    row |= {"warmup": min(50, steps // 10), last: steps * 7 // 10}
+            row |= dict(labels=2, gen=60, pos=120, uncond=0, alpha_fixed=1.0)
+        steps = args.steps or row["steps"]
+        row |= dict(patch_size=patch_of(data, 8, 1), cooldown=steps * 7 // 10)
+    row["warmup"] = min(50, steps // 10)
     for name, value in row.items():
         if vars(args)[name] is None:
             setattr(args, name, value)
 
 
-def patch_of(side, most, times=1):
+def patch_of(data, most, times):
     """The smallest patch, `times` which divides the side, that gives at most `most` a side."""
+    side = data.shape[1]
     fitting = [patch for patch in range(1, side + 1)
                if side % (times * patch) == 0 and side // patch <= most]
     return min(fitting, default=1)
