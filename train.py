@@ -295,8 +295,8 @@ def fit(args, data):
         steps = args.steps or row["steps"]
         row |= dict(input_patch_size=patch_of(data, 16, 2), cls_steps=steps // 2)
     else:
-        row = dict(model="XS", labels=10, gen=12, pos=24, uncond=6, alpha_fixed=0.0, lr=2e-3,
-                   steps=80 * min(max(10, data.num_classes), 50))
+        row = dict(model="XS", labels=10, gen=16, pos=32, uncond=8, alpha_fixed=0.0, lr=2e-3,
+                   steps=90 * min(max(10, data.num_classes), 50))
         if on_gpu:
             row |= dict(model="S", gen=64, pos=64, uncond=16, lr=4e-4, steps=10 * row["steps"])
         if data.num_classes == 1:  # guidance needs other classes

@@ -765,7 +765,7 @@ def test_small_goes_from_images_to_grids(home, tmp_path, monkeypatch, capsys, co
     assert [line["step"] for line in log("runs/mine_encoder")] == [1, 2]
     options = json.loads(Path("runs/mine/options.json").read_text())
     single = len(counts) == 1
-    assert options["patch_size"] == 1 and options["uncond"] == (0 if single else 6)
+    assert options["patch_size"] == 1 and options["uncond"] == (0 if single else 8)
     # Nine rows of pictures, the first of which are real ones; and one GIF of all grids.
     with Image.open("runs/mine/samples_00000002.png") as grid:
         assert grid.height > 9 * 8 and grid.width >= min(len(counts), 10) * 8
