@@ -85,10 +85,12 @@ def sinkhorn_loss(gen, gen2, pos, uncond=None, cfg_scale=None, temperature=0.05,
     """The loss of the Sinkhorn divergence's gradient flow (W-Flow, arXiv 2605.11755, section 4).
 
     gen, gen2 [B, G, C], pos [B, P, C], uncond [B, U, C], cfg_scale alpha [B]. gen2 is a second,
-    independent batch of generated samples of the same labels and alphas. With T(Y)_i the mean of
-    Y that the entropic optimal transport plan between gen and Y assigns to sample i,
-        V = T(pos) - T(gen2) + (alpha - 1) (T(pos) - T(uncond))
-    temperature: entropic regularisation R, in units of the mean squared distance.
+    independent batch of generated samples of the same labels and alphas. For a sample x_i,
+        V_i = T(pos)_i - T(gen2)_i + (alpha - 1) (T(pos)_i - T(uncond)_i)
+        T(Y)_i = sum_j Pi_ij y_j / sum_j Pi_ij,  Pi_ij = u_i K_ij v_j,  j of the M samples Y
+        K_ij = exp(-|x_i - y_j|^2 / (2 eps)),  eps = R mean |x_i - t_j|^2, t of gen, gen2, pos
+        u_i = 1 / (G sum_j K_ij v_j),  v_j = 1 / (M sum_i u_i K_ij),  `iterations` times from v = 1
+    temperature: entropic regularisation R. Without unconditional samples alpha does nothing.
     repelled_by: gen2 is replaced by gen without the sample itself ("own"), or by the sample alone
     ("none": V = T(pos) - x), to show what it is good for.
     reduce, and what is returned: see `chase`.
@@ -99,23 +101,27 @@ def sinkhorn_loss(gen, gen2, pos, uncond=None, cfg_scale=None, temperature=0.05,
     """
     B, G, C = gen.shape
     P = pos.shape[1]
+    if repelled_by not in REPELLED_BY or iterations < 1:
+        raise ValueError(f"repelled_by is '{repelled_by}': must be one of "
+                         f"{', '.join(REPELLED_BY)}; iterations {iterations}: at least 1")
     if repelled_by != "independent":
         gen2 = gen[:, :0]
     if uncond is None:
         uncond = gen[:, :0]
-        cfg_scale = gen.new_ones(B)
     G2 = gen2.shape[1]
     U = uncond.shape[1]
+    if U == 0:  # else alpha would multiply the attraction alone
+        cfg_scale = gen.new_ones(B)
     # The scale is that of all targets but the unconditional ones.
     w = torch.cat([gen.new_ones(B, G + G2), gen.new_zeros(B, U), gen.new_ones(B, P)], 1)
-    alpha = cfg_scale[:, None, None]
+    alpha = cfg_scale.view(B, 1, 1)
 
     def pull(dist, b, scale, unit):
         cost = dist.div_(2 * temperature * C * unit**2)                        # b G N
         own, second, of_uncond, of_pos = cost.split([G, G2, U, P], 2)
         parts = [(second, -1), (of_uncond, 1 - alpha[b]), (of_pos, alpha[b])]
         if repelled_by == "own":
-            own.diagonal(dim1=1, dim2=2).add_(1e4)
+            own.diagonal(dim1=1, dim2=2).add_(1e30)  # a sample is not its own target
             parts.append((own, -1))
         else:
             own.zero_()
@@ -230,12 +236,14 @@ def transport(cost, iterations):
     cost [b, G, M] in units of the regularisation. An iteration of Sinkhorn's divides rows by their
     sums, then columns. The first is made with logarithms, after which no sum is small. The others
     find factors only, as row vectors (on a CPU columns take thrice the time); those of the rows
-    cancel in the last division.
+    cancel in the last division. Columns have mass 1, so rows have M / G: were it another, factors
+    would grow at each iteration, to NaN.
     """
     plan = cost.neg().log_softmax(2).softmax(1)
-    columns = plan.new_ones(len(plan), 1, plan.shape[2])
+    _, G, M = cost.shape
+    columns = plan.new_ones(len(plan), 1, M)
     for _ in range(iterations - 1):
-        rows = (columns @ plan.mT).reciprocal()                                # b 1 G
+        rows = (columns @ plan.mT).reciprocal().mul_(M / G)                    # b 1 G
         columns = (rows @ plan).reciprocal()                                   # b 1 M
     plan.mul_(columns)
     return plan.div_(plan.sum(2, keepdim=True))

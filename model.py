@@ -830,8 +830,11 @@ def read_weights(file):
             return load_file(file)
         if file.name.startswith("state_"):  # mapped: the optimizer never comes into memory
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            return stack_styles({our_name(name, WFLOW_NAMES): tensor.detach()
-                                 for name, tensor in loaded["ema_model"].items()})
+            loaded = loaded["ema_model"]
+            state = {our_name(name, WFLOW_NAMES): x.detach() for name, x in loaded.items()}
+            if len(state) < len(loaded):
+                raise ValueError("two tensors have the same name here")
+            return stack_styles(state)
         loaded = torch.load(file, map_location="cpu", weights_only=True)
         loaded = loaded.get("state_dict", loaded)
         return {str(name): tensor.detach() for name, tensor in loaded.items()}

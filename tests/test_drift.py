@@ -61,6 +61,22 @@ def test_sinkhorn_loss_matches_the_release(i):
     assert force == pytest.approx(c["mean_square"].item(), rel=1e-4)
 
 
+def test_sinkhorn_without_unconditionals_has_no_guidance():
+    """Else alpha would multiply the attraction alone: a force where the distributions match."""
+    gen, pos, uncond, weight = random_case(G=6, P=6)
+    alpha = 1 + weight[:, 0]
+    for none in (uncond[:, :0], None):
+        assert drift.sinkhorn_loss(gen, pos, pos, none, alpha)[1]["force_0.05"] < 1e-10
+    assert drift.sinkhorn_loss(gen, pos, pos, uncond, alpha)[1]["force_0.05"] > 1e-3
+
+
+def test_many_iterations_with_few_targets_stay_finite():
+    gen, pos, uncond, weight = random_case(G=32, U=1)
+    args = (gen, gen.flip(0), pos, uncond, weight[:, 0])
+    exact = reference.sinkhorn_loss(*(a.double() for a in args), iterations=50)
+    assert relative_error(drift.sinkhorn_loss(*args, iterations=50)[0], exact) < 1e-5
+
+
 def test_closed_form_gradient_is_autograds():
     """In float64 the two agree to rounding: nothing of V is in the gradient, and all of the loss."""
     gen, pos, neg, weight = random_case(dtype=torch.float64)
@@ -196,6 +212,12 @@ def test_targets_that_do_not_fit_are_refused():
                  (gen, pos, neg[:1], weight)]:
         with pytest.raises((ValueError, RuntimeError)):
             drift.drift_loss(*args)
+    for gen2, alpha in [(gen[:2], weight[:, 0]), (gen[..., :4], weight[:, 0]), (gen, weight[:1, 0])]:
+        with pytest.raises((ValueError, RuntimeError)):
+            drift.sinkhorn_loss(gen, gen2, pos, neg, alpha)
+    for options in (dict(iterations=0), dict(repelled_by="all")):
+        with pytest.raises(ValueError, match="at least 1"):
+            drift.sinkhorn_loss(gen, gen, pos, **options)
 
 
 def test_locations_are_entries_of_their_own():

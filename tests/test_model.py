@@ -698,9 +698,12 @@ def test_wflow_files_that_are_something_else_are_one_line(tmp_path, monkeypatch)
     weights = saved["ema_model"]
     fewer = {name: x for name, x in weights.items() if not name.startswith("model.blocks.1")}
     other = {name: x for name, x in weights.items() if "q_norm" not in name}
+    twice = {**weights, "blocks.0.norm1.weight": weights["cfg_norm.weight"]}  # without "model."
     for content, message in [
             ({"ema_model": weights, "code": Code()}, "damaged, or no weights"),
             ({"model": weights}, "damaged, or no weights"),
+            ({"ema_model": twice}, "two tensors have the same name"),
+            ({"ema_model": {**weights, "extra": weights["cfg_norm.weight"]}}, 'key.*"extra"'),
             ({"ema_model": other}, "damaged, or no model .*blocks.0.q_norm.weight"),
             ({"ema_model": {**fewer, "model.blocks.1.norm1.weight": weights["cfg_norm.weight"]}},
              "not the weights of its config")]:
