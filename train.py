@@ -98,8 +98,7 @@ PRESETS = {
         sample_every=200, save_every=100),
     "small": dict(
         stage="generator", encoder=["small_encoder"], model=None, patch_size=None, labels=None,
-        gen=None, pos=None, uncond=None, alpha_power=2, alpha_fixed=None, reals="index",
-        ema_decay=[0.99], lr=None, warmup=None, steps=None, cooldown=None, sample_every=100,
+        gen=None, pos=None, uncond=None, alpha_power=2, reals="index", ema_decay=[0.99], lr=None, warmup=None, steps=None, cooldown=None, sample_every=100,
         save_every=100),
     # For one modern GPU.
     "cifar10_encoder": dict(
@@ -295,12 +294,12 @@ def fit(args, data):
         steps = args.steps or row["steps"]
         row |= dict(input_patch_size=patch_of(data, 16, 2), cls_steps=steps // 2)
     else:
-        row = dict(model="XS", labels=10, gen=16, pos=32, uncond=8, alpha_fixed=0.0, lr=2e-3,
+        row = dict(model="XS", labels=10, gen=16, pos=32, uncond=8, lr=2e-3,
                    steps=90 * min(max(10, data.num_classes), 50))
         if on_gpu:
             row |= dict(model="S", gen=64, pos=64, uncond=16, lr=4e-4, steps=10 * row["steps"])
         if data.num_classes == 1:  # guidance needs other classes
-            row |= dict(labels=2, gen=60, pos=120, uncond=0, alpha_fixed=1.0)
+            row |= dict(labels=2, gen=80, pos=160, uncond=0)
         steps = args.steps or row["steps"]
         row |= dict(patch_size=patch_of(data, 8, 1), cooldown=steps * 7 // 10)
     row["warmup"] = min(50, steps // 10)
@@ -474,7 +473,8 @@ class GeneratorStage:
         for slot in slots:
             rng = np.random.default_rng([args.seed, step, slot])
             random = stream(rng.integers(1 << 63), args.device)
-            alpha = drift.sample_alpha(1, args.alpha_power, args.alpha_fixed, rng)
+            fixed = args.alpha_fixed if args.uncond else 1  # no guidance without unconditionals
+            alpha = drift.sample_alpha(1, args.alpha_power, fixed, rng)
             count = args.gen * (2 if self.second else 1)
             noise = torch.randn(count, net.in_channels, net.input_size, net.input_size,
                                 generator=random, device=args.device)

@@ -239,6 +239,31 @@ def test_draws_depend_on_seed_and_step_alone(home, monkeypatch, options):
     assert not torch.equal(shares[3]["noise"], stage.batch(4)["noise"])
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_second_batch_is_independent(home, parts):
+    """The same labels and alphas, noise and styles of its own, no gradients."""
+    args = parsed(SINKHORN, micro_batches=parts, device="cpu", bf16=False)
+    stage = train.GeneratorStage(args, prepare_data.Dataset("data/digits"))
+    for p in stage.net.parameters():  # the last layer begins at zero
+        torch.nn.init.normal_(p, std=0.05)
+    seen = []
+    loss = stage.loss
+
+    def record(x, second, part, reduce):
+        seen.append(second)
+        return loss(x, second, part, reduce)
+
+    stage.loss = record
+    batch = stage.batch(0)
+    stage.backward(batch, 0)
+    others = {name: batch[name][:, 4:] for name in ("noise", "styles")}
+    assert not any(second.requires_grad for second in seen)
+    second = torch.cat(seen[-parts:])
+    with torch.no_grad():
+        assert relative_error(second, stage.generate({**batch, **others})) < 1e-6
+        assert relative_error(second, stage.generate(batch)) > 0.1
+
+
 def test_queues_follow_from_the_step(home):
     """A stage that is asked for step 5 at once draws what one does that went there step by step."""
     args = parsed(GENERATOR, device="cpu")
@@ -688,6 +713,10 @@ def test_presets_are_the_papers_recipes(name):
         row = (args.field, args.kernel, args.attraction, args.repulsion)
         assert row == ("drifting", "both", 1, 1)
     assert args.crop_scale == (0.2 if name.startswith("pixel") else 1)
+    kind = "pixel" if name.startswith("pixel") else "latent"
+    width = 256 if name.endswith("ablation") else 640
+    convnext = ["hf://facebook/convnextv2-base-22k-224"] if kind == "pixel" else []
+    assert args.encoder == [f"hf://mae_{kind}_{width}", *convnext]
     stage = stage_without_memory(name)
     assert round(millions(stage.net)) == PAPER[name][-1]
     assert (stage.net.input_size // stage.net.patch_size) ** 2 == 256
