@@ -98,8 +98,8 @@ PRESETS = {
         sample_every=200, save_every=100),
     "small": dict(
         stage="generator", encoder=["small_encoder"], model=None, patch_size=None, labels=None,
-        gen=None, pos=None, uncond=None, alpha_power=2, reals="index", ema_decay=[0.99], lr=None, warmup=None, steps=None, cooldown=None, sample_every=100,
-        save_every=100),
+        gen=None, pos=None, uncond=None, alpha_power=2, reals="index", ema_decay=[0.99], lr=None,
+        warmup=None, steps=None, cooldown=None, sample_every=100, save_every=100),
     # For one modern GPU.
     "cifar10_encoder": dict(
         stage="encoder", data="data/cifar10", base_channels=64, layers=[2, 2, 2],
