@@ -48,7 +48,7 @@ def drift_loss(gen, pos, neg=None, weight_neg=None, temperatures=TEMPERATURES, k
     """The drifting loss of one feature (3.2-3.4, A.6), computed in float32.
 
     gen [B, G, C], pos [B, P, C], neg [B, U, C] with weight_neg [B, U].
-    kernel: what affinities are normalised over, one of KERNELS (Table 11).
+    kernel: one of KERNELS, what exp(-d / tau) is normalised over (Table 11), see `affinity`.
     attraction, repulsion: multipliers of V+ and V- (Table 1). Unequal ones break the
     anti-symmetry, and training: FID 8.46 becomes 41 at attraction 1.5.
     reduce, and what is returned: see `chase`.
@@ -63,7 +63,7 @@ def drift_loss(gen, pos, neg=None, weight_neg=None, temperatures=TEMPERATURES, k
     # Filling, unlike copying numbers from the host, does not make a GPU wait.
     taus = torch.stack([w.new_full((1, 1), tau) for tau in temperatures])      # taus 1 1
 
-    def pull(dist, b, scale, unit):
+    def pull(dist, b, scale, unit):  # see `chase`, which calls it
         d = dist.div_(scale.clamp_min(1e-3))                                   # b G N
         d[:, :, :G].diagonal(dim1=1, dim2=2).add_(100)  # a sample does not repel itself
         A = affinity(d[:, None], taus, kernel)                                 # b taus G N
@@ -215,7 +215,7 @@ def affinity(dist, tau, kernel="both"):
     """Kernel k(x, y) [..., G, N] of distances [..., G, N] in units of their mean (A.6, Table 11).
 
     tau: a number, or a tensor that broadcasts. A new kernel is one more branch here, and its
-    name in KERNELS.
+    name in KERNELS: any A >= 0 that falls with distance, normalised or not.
     """
     logits = dist / -tau
     if kernel == "both":  # normalised over targets and over samples
@@ -226,7 +226,8 @@ def affinity(dist, tau, kernel="both"):
         A = logits.exp()
     else:
         raise ValueError(f"kernel is '{kernel}': must be one of {', '.join(KERNELS)}")
-    # The floor keeps far samples' forces alive: without it the gradient changes by 43%.
+    # The floor keeps far samples' forces alive: without it the gradient changes by 43%. A
+    # kernel that is under it at most distances (about 1) has its force, and force_TAU alike.
     return A.clamp_min_(1e-3)
 
 
@@ -294,7 +295,7 @@ FIELDS = {"drifting": drifting, "sinkhorn": sinkhorn_loss}
 def feature_loss(field, gen, gen2, pos, uncond, cfg_scale, reduce=None, **options):
     """Sum over features of the mean loss of a field, one of FIELDS (A.5).
 
-    gen, gen2, pos, uncond: {name: [labels, samples, T, C]}; gen2 may be empty; cfg_scale [labels].
+    gen, gen2, pos, uncond: {name: [labels, samples, T, C]}; gen2 may be None; cfg_scale [labels].
     The T locations of a map become batch entries. reduce(feature, name, sums): see `chase`.
     Returns (total loss, losses {feature: scalar}, infos {feature: info}).
     """

@@ -655,8 +655,10 @@ class VAE(nn.Module):
 # Loading: checkpoints of ours, artifacts of the authors', transformers'; in a folder or on the Hub
 
 # A new encoder is a class derived from nn.Module and Pretrained, with `in_channels` and `features`
-# as MAE has them, and an entry here: then save_pretrained, load_encoder and --encoder know it.
+# as MAE has them, and an entry here. YOURS(...).save_pretrained(FOLDER) then writes weights and
+# the constructor's arguments (numbers, lists) for --encoder FOLDER and load_encoder to read.
 # Images come in float32, weights are bfloat16 under --bf16: cast the images to their type.
+# Of features of one name the last encoder's is used; `global` is that of the samples themselves.
 ENCODERS = {"mae": MAE, "convnextv2": ConvNeXtV2, "resnet50": ResNet50}
 BUILT_FROM_FILES = (Generator, MAE, ConvNeXtV2, ResNet50)  # all of their tensors are in files
 

@@ -491,7 +491,7 @@ class GeneratorStage:
         return {"labels": upload(labels[slots], args.device), **batch}
 
     def queue_after(self, step, fresh):
-        """The queues after the pushes of steps 0 to `step`, of `fresh` ids each.
+        """The queues after the pushes of steps 0 to `step`, of `fresh` ids each (`Dataset.fresh`).
 
         All processes push the same ids: queues are equal everywhere, and a step does not depend on
         the number of processes. Checkpoints need not hold them: a resumed run pushes again what
@@ -579,7 +579,8 @@ class GeneratorStage:
         with torch.no_grad():
             samples = [(self.generate(part), self.generate_second(part)) for part in parts]
 
-        # 2. One kind of sum after the other, over the parts and then over the processes.
+        # 2. One kind of sum after the other, over the parts and then over the processes. `totals`
+        #    are sums that are complete, `own` those of this process's parts so far.
         totals = {}
         own = {}
 
@@ -587,7 +588,7 @@ class GeneratorStage:
             if (feature, name) in totals:
                 return totals[feature, name]
             own[feature, name] = own.get((feature, name), 0) + sums
-            return sums  # what comes of a part's sum is not used
+            return sums  # of this part alone: what `loss` makes of it is thrown away
 
         for kind in ("distance", "force"):
             own.clear()
@@ -634,7 +635,7 @@ FIELD_OPTIONS = {"drifting": ("kernel", "attraction", "repulsion"),
 def figures(losses_of_parts, infos):
     """What a step logs: means over features (of losses the sum), and {feature: [loss, *info]}.
 
-    losses_of_parts: a list of {feature: loss}; infos {feature: info} of drift.drift_loss.
+    losses_of_parts: a list of {feature: loss}; infos {feature: info} of drift.chase.
     """
     by_feature = {}
     for feature, info in infos.items():
@@ -751,8 +752,9 @@ class Run:
         """One step: gradients of all processes, clipped, AdamW, averages. It waits for no GPU.
 
         Returns figures to log, figures by feature, and the step's status as Later: skipped steps
-        in a row, processes that were asked to stop, and for each process 0 to 3, the most where
-        numbers that are not finite arose.
+        in a row, processes that were asked to stop, and for each process 0 to 3: 2 if its own
+        distances (or encoder's loss) were not finite, and 1 if its gradient was not, into which
+        others' sums have gone. The fault began where that is most.
         """
         args = self.args
         lr = learning_rate(step, args)
@@ -773,7 +775,7 @@ class Run:
                 work.wait()
             torch._foreach_div_(grads, world_size())
         logs["loss"] = status[0] / world_size()
-        norm = torch.nn.utils.clip_grad_norm_(self.params, args.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.params, args.clip)  # that before clipping
 
         skip = ~torch.isfinite(logs["loss"] + norm)  # the same on every process
         self.skipped += skip
@@ -887,6 +889,8 @@ def train(args, data):
         unread = (step, by_feature, status)
 
         if done % args.log_every == 0 or done in (1, args.steps):
+            # Of this step alone. `norm` is that before --clip. Generator: a row of `features` is
+            # [loss, scale, force_TAU...] of drift.chase; `scale` and `force_TAU` are rows' means.
             logs = mean_over_processes(logs)
             now = time.time()
             write_log(args, {
@@ -1144,7 +1148,8 @@ class Evaluator:
 # Checkpoints: OUT/step_N/ is config.json and model.safetensors (EMA weights, which load anywhere),
 # ema_DECAY/ of further averages alike, train_state.safetensors (weights in training, AdamW's
 # moments, skipped steps; as metadata step, options and digests of data and encoders; no random
-# state, as draws follow from seed and step), and SHA256SUMS, for `sha256sum --check`
+# state, as draws follow from seed and step), and SHA256SUMS, for `sha256sum --check`. The newest
+# two are kept: to look into a run that diverged, copy them and log.jsonl before it goes on
 
 def save_checkpoint(run, step):
     """Written under a temporary name, synced, renamed: what is called step_N is whole."""
