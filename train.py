@@ -534,7 +534,12 @@ class GeneratorStage:
         if self.args.pixel_encoder:  # of reals too: no latent has exactly their original as image
             x = self.vae.decode(x)
         for encode in self.encode:
-            features |= encode(x)
+            further = encode(x)
+            shared = features.keys() & further.keys()
+            if shared:
+                raise UsageError(f"two of --encoder {' '.join(self.args.encoder)} name features "
+                                 f"alike, {min(shared)} for one")
+            features |= further
         return {name: f.unflatten(0, (labels, -1)) for name, f in features.items()}
 
     def loss(self, x, second, batch, reduce):
@@ -1057,7 +1062,7 @@ def begin(run, start):
     changed = [f"--{name} {value}" for name, value in vars(args).items() if value != defaults[name]]
     say("options that are not the defaults: " + " ".join(changed))
     (out / "options.json").write_text(json.dumps(vars(args), indent=1))
-    if args.warmup + args.cooldown > args.steps:
+    if args.warmup + args.cooldown > args.steps + 1:
         say(f"--warmup {args.warmup} and --cooldown {args.cooldown} are more than --steps "
             f"{args.steps}: the learning rate never reaches --lr")
     log = out / "log.jsonl"
