@@ -903,7 +903,8 @@ def test_dry_run_of_what_it_does_not_know_is_one_line():
     (dict(data="data/nowhere"), "no prepared data there"),
     (dict(out="runs/e"), "is of another model"),
     (dict(micro_batches=3), "must be divisible by"),
-    (dict(encoder=["runs/e", "runs/e"], out="runs/twice"), "two of --encoder runs/e runs/e name features alike"),
+    (dict(encoder=["runs/e", "runs/e"], out="runs/twice"),
+     "two of --encoder runs/e runs/e name features alike"),
     (dict(pixel_encoder=True), "--pixel_encoder is for latents"),
     (dict(init_from="runs/g", out="runs/wide", patch_size=4), "--init_from .* another model"),
 ])
