@@ -862,17 +862,18 @@ def from_torchvision(file, state):
     """A ResNet's tensors under torchvision's names, without prefix, classifier and projection.
 
     Prefixes are those of MoCo-v2 (module.encoder_q.; encoder_k. is its average) and of conversions
-    of SimCLR (backbone. and the like). Raises UsageError where there are two networks.
+    of SimCLR (backbone. and the like). A projection may have a bn1 too: the network is what has a
+    layer1. Raises UsageError where there are two networks.
     """
-    ours = {}
-    for name, tensor in state.items():
-        match = re.search(r"(?:^|\.)((conv1|bn1|layer\d)\..*)", name)
-        if match and "encoder_k." not in name:
-            if match[1] in ours:
-                raise UsageError(f"{file}: holds several networks, of which one is wanted: "
-                                 f"{name} is the second {match[1]}")
-            ours[match[1]] = tensor
-    return ours
+    first = "layer1.0.conv1.weight"
+    prefixes = [name.removesuffix(first) for name in state
+                if name.endswith(first) and "encoder_k." not in name]
+    if len(prefixes) > 1:
+        raise UsageError(f"{file}: holds several networks, of which one is wanted: their names "
+                         f"begin with {' and '.join(sorted(prefixes))}")
+    wanted = re.compile(re.escape("".join(prefixes)) + r"((conv1|bn1|layer\d)\..*)")
+    matches = {name: wanted.fullmatch(name) for name in state}
+    return {match[1]: state[name] for name, match in matches.items() if match}
 
 
 # Of a name in W-Flow's files: a pattern, and what takes its place, in this order.

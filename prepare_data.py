@@ -221,7 +221,7 @@ def open_source(data):
         if (path / "train_moments.npy").is_file():
             load = CachedLatents(path)
             return {"train": load.items}, load
-        if any(path.glob("t*-images?idx3-ubyte*")):
+        if any(path.glob("t*-*?idx[13]-ubyte*")):
             return idx_files(path)
         return class_folders(path)
     if path.name.endswith((".tar.gz", ".tgz", ".tar")):
@@ -280,13 +280,19 @@ def idx_files(path):
     """MNIST's four files: {train,t10k}-{images-idx3,labels-idx1}-ubyte, as they are or .gz."""
     splits = {}
     for split, prefix in {"train": "train", "test": "t10k"}.items():
-        for file in path.glob(f"{prefix}-images?idx3-ubyte*"):
-            name = file.name.replace("images", "labels").replace("idx3", "idx1")
-            images = read_idx(file, 3)
-            labels = read_idx(file.with_name(name), 1)
-            if len(images) != len(labels):
-                raise UsageError(f"{file}: {len(images)} images, but {name}: {len(labels)} labels")
-            splits[split] = (images, labels)
+        names = [f"{prefix}-images?idx3-ubyte", f"{prefix}-labels?idx1-ubyte"]
+        files = [[*path.glob(name), *path.glob(name + ".gz")] for name in names]
+        if not any(files):
+            continue
+        if not all(files):
+            raise UsageError(f"{path}: lacks {names[files.index([])].replace('?', '-')}, as it is "
+                             "or .gz")
+        images = read_idx(files[0][0], 3)
+        labels = read_idx(files[1][0], 1)
+        if len(images) != len(labels):
+            raise UsageError(f"{files[0][0]}: {len(images)} images, but {files[1][0].name}: "
+                             f"{len(labels)} labels")
+        splits[split] = (images, labels)
     return from_arrays(splits)
 
 
@@ -309,9 +315,9 @@ def cifar(path):
     names = "batches.meta.txt"
     parts = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
     splits = {}
-    with reading(path, "no binary archive of CIFAR; take cifar-10-binary.tar.gz or "
-                 "cifar-100-binary.tar.gz, the python ones are pickles, which could run any "
-                 "program"), tarfile.open(path) as archive:
+    with reading(path, "no whole binary archive of CIFAR: take cifar-10-binary.tar.gz or "
+                 "cifar-100-binary.tar.gz (the python ones are pickles, which could run any "
+                 "program); of images of your own a .zip"), tarfile.open(path) as archive:
         files = {Path(member.name).name: archive.extractfile(member) for member in archive}
         width = 1 + 3 * 32 * 32
         if "fine_label_names.txt" in files:
@@ -703,6 +709,8 @@ def prepare(source, out, size=None, channels=None, skip_broken=False, latents=No
         form = latents or Pixels(size, channels)
         if isinstance(load, CachedLatents):
             form = load
+            if size or channels:
+                raise UsageError(f"{source} holds latents: --size and --channels are of images")
         # Always in the same order, since a Dataset's fingerprint is of the file's text.
         meta = {"kind": form.meta["kind"], "classes": [str(label) for label in classes]}
         meta |= form.meta
@@ -801,6 +809,9 @@ def check_meta(folder, meta):
     """Raises UsageError where a folder is there and was made of something else."""
     file = folder / "meta.json"
     if not file.is_file():
+        if folder.exists() and folder.suffix != ".tmp":  # as of images that are to be read
+            raise UsageError(f"{folder} is there, and is no prepared data: choose another folder "
+                             "(--out of prepare_data.py)")
         return
     with reading(file, f"cannot be read, remove {folder}"):
         before = json.loads(file.read_text())
@@ -809,7 +820,7 @@ def check_meta(folder, meta):
             before.get(key, meta[key]) == meta[key] for key in meta if key != "shape")
     if not same:
         raise UsageError(f"{folder} is of other images or options: remove it, or choose another "
-                         "--out")
+                         "folder (--out of prepare_data.py)")
 
 
 def begin(partial, meta, size, sums):
@@ -911,7 +922,9 @@ def parse(argv=None):
         if args.data != "digits" or args.kind == "latents":
             parser.error("--out is needed")
         args.out = "data/digits"
-    others = ["channels"] if args.kind == "latents" else ["vae", "vae_chunk", "crops", "seed"]
+    others = ["channels"] if args.kind == "latents" else []
+    if args.kind == "pixels" or (Path(args.data) / "train_moments.npy").is_file():
+        others += ["vae", "vae_chunk", "crops", "seed"]
     for name in others:
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name} is not an option of {args.kind}")

@@ -107,9 +107,12 @@ def save_grid(images, columns, path, titles=None, names=None):
 
 
 def text_image(text, width):
-    """One line of text; what does not fit into the width is cut off."""
+    """One line of text, smaller where it is too long; what does not fit even so is cut off."""
     image = Image.new("RGB", (width, 18), "white")
-    ImageDraw.Draw(image).text((2, 2), text, "black", ImageFont.load_default(14))
+    size = 14
+    while size > 9 and ImageFont.load_default(size).getlength(text) > width - 3:
+        size -= 1
+    ImageDraw.Draw(image).text((2, 2), text, "black", ImageFont.load_default(size))
     return image
 
 

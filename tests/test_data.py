@@ -727,6 +727,11 @@ def test_idx_files(tmp_path, ending):
     assert np.array_equal(data.images[:, 0], images[np.argsort(labels, kind="stable")])
     assert data.meta["classes"] == ["0", "1", "2"]
     assert len(prepare_data.Dataset(tmp_path / "out")) == 30
+    (tmp_path / f"t10k-labels-idx1-ubyte{ending}").unlink()
+    with pytest.raises(model.UsageError, match="lacks t10k-labels-idx1-ubyte"):
+        prepare_data.open_source(tmp_path)
+    (tmp_path / f"t10k-images-idx3-ubyte{ending}").unlink()
+    assert prepare_data.open_source(tmp_path)[0].keys() == {"train"}
     file = tmp_path / f"train-labels-idx1-ubyte{ending}"
     write_idx(file, np.zeros(29, np.uint8))
     with pytest.raises(model.UsageError, match="30 images, but .*29 labels"):
@@ -767,7 +772,7 @@ def test_cifar(tmp_path, fine):
     assert len(prepare_data.Dataset(tmp_path / "out", "test")) == 4
     name = "test.bin" if fine else "test_batch.bin"
     write_tar(tmp_path / "c.tar.gz", files | {name: files[name][:-1]})
-    with pytest.raises(model.UsageError, match="no binary archive of CIFAR"):
+    with pytest.raises(model.UsageError, match="no whole binary archive of CIFAR"):
         prepare_data.open_source(tmp_path / "c.tar.gz")
 
 
@@ -775,6 +780,13 @@ def test_cifars_pickles_are_refused(tmp_path):
     write_tar(tmp_path / "c.tar.gz", {"data_batch_1": b"pickle", "batches.meta": b"pickle"})
     with pytest.raises(model.UsageError, match="take cifar-10-binary.tar.gz"):
         prepare_data.open_source(tmp_path / "c.tar.gz")
+
+
+def test_images_in_the_folder_to_write_are_no_prepared_data(tmp_path):
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "train" / "cat" / "1.png")
+    with pytest.raises(model.UsageError, match="train is there, and is no prepared data"):
+        prepare_data.prepare(tmp_path, tmp_path)
 
 
 def test_cached_latents_become_ours_without_a_vae(tmp_path, capsys):
@@ -788,6 +800,10 @@ def test_cached_latents_become_ours_without_a_vae(tmp_path, capsys):
     right = torch.from_numpy(draws[:, 1]).permute(0, 3, 1, 2)  # the first of class 0
     x = data.batch([0, 0], np.array([2, 3]), flip=True)
     assert relative_error(x, right) < 1e-3
+    with pytest.raises(model.UsageError, match="--size and --channels are of images"):
+        prepare_data.prepare(tmp_path, tmp_path / "sized", size=64)
+    with pytest.raises(SystemExit):
+        prepare_data.parse(["latents", "--data", str(tmp_path), "--out", "x", "--crops", "2"])
     assert data.shape == (4, 8, 8) and data.count.tolist() == [5, 5]
     np.save(tmp_path / "train_moments.npy", draws[0] / 0.18215)
     with pytest.raises(model.UsageError, match="are they multiplied by 0.18215"):

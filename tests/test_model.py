@@ -795,6 +795,8 @@ MOCO = {**numbered("module.encoder_q."), **numbered("module.encoder_k.", 1000),
                                         "optimizer": {"state": {}, "param_groups": []}}),
     ("simclr.pth.tar", {"state_dict": {**numbered("backbone."),
                                        "backbone.fc.0.weight": torch.zeros(9, 9)}}),
+    ("simclr.pth", {"state_dict": {**numbered("convnet."),
+                                   "projection.bn1.weight": torch.zeros(9)}}),
     ("resnet50-1x.pth", {"state_dict": PLAIN})])
 def test_resnet50_as_others_save_it(tmp_path, name, content):
     torch.save(content, tmp_path / name)
