@@ -280,8 +280,8 @@ def parse(argv):
 
 
 def name_of(data):
-    """data/my.zip -> my"""
-    return Path(data).name.split(".")[0]
+    """data/my.zip -> my; a dot -> the name of the folder where we are"""
+    return Path(os.path.abspath(data)).name.strip(".").split(".")[0]
 
 
 def fit(args, data):
@@ -298,6 +298,7 @@ def fit(args, data):
                    steps=90 * min(max(10, data.num_classes), 50))
         if on_gpu:
             row |= dict(model="S", gen=64, pos=64, uncond=16, lr=4e-4, steps=10 * row["steps"])
+        row["uncond"] = min(row["uncond"], int(data.count.sum()))
         if data.num_classes == 1:  # guidance needs other classes
             row |= dict(labels=2, gen=80, pos=160, uncond=0)
         steps = args.steps or row["steps"]
@@ -719,7 +720,8 @@ def open_encoders(args, data):
         encoder = random_encoder(name, data) if args.dry_run else model.load_encoder(name)
         if encoder.in_channels != channels:
             raise UsageError(f"--encoder {name} takes {encoder.in_channels} channels, here it gets "
-                             f"{channels} (--pixel_encoder decodes latents for it)")
+                             f"{channels} (--pixel_encoder decodes latents for it, "
+                             "prepare_data.py --channels 3 takes greys)")
         if args.encoder_size:
             if not hasattr(encoder, "image_size"):
                 raise UsageError(f"--encoder_size: {name} takes images as they are")
@@ -820,6 +822,9 @@ def main(argv=None):
     else:
         args.data = prepared(args)
         data = on_all_ranks(prepare_data.Dataset, args.data)
+    if args.size not in (None, data.shape[1]):
+        give_up(f"{args.data} holds images of side {data.shape[1]}, not --size {args.size}: give "
+                "their source")
     fit(args, data)
     if args.device == "cuda":  # by number: the thread that makes batches has a device of its own
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -851,6 +856,8 @@ def prepared(args):
     elif (Path(source) / "train/meta.json").exists() or not Path(source).exists():
         return source
     out = f"data/{name_of(source)}"
+    if os.path.abspath(out) == os.path.abspath(source):  # not among the images that are read
+        out += "_prepared"
     prepare_data.prepare(source, out, args.size)
     return out
 
@@ -1210,8 +1217,8 @@ def load_checkpoint(run, folder):
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
     if metadata["data"] != run.stage.data.fingerprint():
-        raise UsageError(f"{folder} was trained on other data than {args.data}; choose another "
-                         "--out")
+        raise UsageError(f"{folder} was trained on other data than {args.data}: remove "
+                         f"{args.out}, or choose another --out")
     before = json.loads(metadata["options"])
     for name, value in sorted(vars(args).items()):
         if before.get(name, value) != value and name not in ("device", "out", "data"):

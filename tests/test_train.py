@@ -811,7 +811,7 @@ def test_small_goes_from_images_to_grids(home, tmp_path, monkeypatch, capsys, co
     (8, 1, 1), (28, 2, 4), (32, 2, 4), (64, 4, 8), (25, 1, 5)])
 def test_sizes_follow_from_the_images(side, encoder, generator):
     """At most 16 x 16 positions of an encoder, of which masks hide 2 x 2; 8 x 8 tokens."""
-    data = SimpleNamespace(shape=(1, side, side), num_classes=10)
+    data = SimpleNamespace(shape=(1, side, side), num_classes=10, count=np.full(10, 9))
     args = train.parse(["--preset", "small_encoder", "--data", "x", "--device", "cpu"])
     train.fit(args, data)
     assert (args.input_patch_size, args.steps, args.cls_steps) == (encoder, 400, 200)
@@ -901,6 +901,7 @@ def test_dry_run_of_what_it_does_not_know_is_one_line():
      "data/digits has 140 images, and a queue 128"),
     (dict(encoder="runs/nowhere"), "runs/nowhere: there is no"),
     (dict(data="data/nowhere"), "no prepared data there"),
+    (dict(size=16), "data.digits.train is of other images or options"),
     (dict(out="runs/e"), "is of another model"),
     (dict(micro_batches=3), "must be divisible by"),
     (dict(encoder=["runs/e", "runs/e"], out="runs/twice"),
