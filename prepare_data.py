@@ -175,20 +175,20 @@ def upload(array, device):
     return tensor.to(device, non_blocking=True)
 
 
-def prefetch(function, steps):
+def prefetch(thread, function, steps):
     """function(step) of each step, in order, while a background thread computes the next one.
 
-    It is one call ahead, never more, and what it raises is raised here.
+    It is one call ahead, never more, and what it raises is raised here. thread: an executor of the
+    caller's, who ends it. A generator may end at any time, even while another thread starts.
     """
     ahead = None
-    with ThreadPoolExecutor(1) as thread:
-        for step in steps:
-            following = thread.submit(function, step)
-            if ahead:
-                yield ahead.result()
-            ahead = following
+    for step in steps:
+        following = thread.submit(function, step)
         if ahead:
             yield ahead.result()
+        ahead = following
+    if ahead:
+        yield ahead.result()
 
 
 @contextlib.contextmanager
@@ -856,9 +856,9 @@ def fill(partial, blocks, sums, view, encode, broken, pool):
     todo = np.flatnonzero(done != sums)
     barrier()  # all have looked before the first marks something
     todo = todo[get_rank()::world_size()]
-    batches = prefetch(lambda b: list(pool.map(view, blocks[b])), todo)
     progress = tqdm(todo, str(partial), unit=" blocks", disable=get_rank() > 0)
-    with open(partial / "images.bin", "r+b") as images:
+    with ThreadPoolExecutor(1) as thread, open(partial / "images.bin", "r+b") as images:
+        batches = prefetch(thread, lambda b: list(pool.map(view, blocks[b])), todo)
         for b, views in zip(progress, batches):
             rows = encode(views)
             images.seek(blocks[b][0] * rows[0].nbytes)

@@ -22,6 +22,7 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -844,8 +845,8 @@ def main(argv=None):
                 words += ["--data", args.data]
             main(words)
             args.encoder[i] = parse(words).out
-    with on_all_ranks(prepare_data.claim, args.out):
-        train(args, data)
+    with on_all_ranks(prepare_data.claim, args.out), ThreadPoolExecutor(1) as thread:
+        train(args, data, thread)
 
 
 def prepared(args):
@@ -862,8 +863,11 @@ def prepared(args):
     return out
 
 
-def train(args, data):
-    """One stage, from its newest checkpoint or from the start to its last step."""
+def train(args, data, thread):
+    """One stage, from its newest checkpoint or from the start to its last step.
+
+    thread: an executor, in which batches are made while the step before is computed.
+    """
     out = Path(args.out)
     run = Run(args, data)
     start = resume(run, out)
@@ -885,7 +889,7 @@ def train(args, data):
         signal.signal(signum, ask_to_stop)
     progress = tqdm(range(start, args.steps), args.out, initial=start, total=args.steps,
                     disable=get_rank() > 0, mininterval=1)
-    batches = prepare_data.prefetch(run.stage.batch, range(start, args.steps))
+    batches = prepare_data.prefetch(thread, run.stage.batch, range(start, args.steps))
     began = logged_at = time.time()
     logged = start
     waited = 0

@@ -12,6 +12,7 @@ import tarfile
 import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -250,15 +251,16 @@ def test_prefetch_is_one_ahead_in_order_and_raises_what_was_raised():
             raise ValueError("step 7")
         return step * 10
 
-    steps = prepare_data.prefetch(function, range(3, 10))
-    assert next(steps) == 30 and ahead.wait(5)  # 4 is computed while its user still works on 3
-    time.sleep(0.05)
-    assert computed == [3, 4]                   # and 5 is not: nothing gets lost but one
-    assert [next(steps) for _ in range(3)] == [40, 50, 60]
-    with pytest.raises(ValueError, match="step 7"):
-        next(steps)
-    assert list(prepare_data.prefetch(str, [])) == []
-    assert list(prepare_data.prefetch(str, [1])) == ["1"]
+    with ThreadPoolExecutor(1) as thread:
+        steps = prepare_data.prefetch(thread, function, range(3, 10))
+        assert next(steps) == 30 and ahead.wait(5)  # 4 is computed while its user works on 3
+        time.sleep(0.05)
+        assert computed == [3, 4]                   # and 5 is not: nothing gets lost but one
+        assert [next(steps) for _ in range(3)] == [40, 50, 60]
+        with pytest.raises(ValueError, match="step 7"):
+            next(steps)
+        assert list(prepare_data.prefetch(thread, str, [])) == []
+        assert list(prepare_data.prefetch(thread, str, [1])) == ["1"]
 
 
 # --------------------------------------------------------------------------------------------
