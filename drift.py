@@ -196,8 +196,11 @@ def chase(gen, others, w, pull, temperatures, power, reduce=None):
 
 
 class Chase(torch.autograd.Function):
-    """mean |x - stopgrad(x + V)|^2, x = gen / unit. Its value is mean V^2, its gradient in x -2 V
-    over the number of coordinates: no graph over the pairs is kept, and no copy of x."""
+    """The mean of |x - stopgrad(x + V)|^2 over coordinates, for x = gen / unit.
+
+    Its value is mean V^2, its gradient in x is -2 V divided by the number of coordinates: neither
+    a graph over the pairs nor a copy of x is kept.
+    """
 
     @staticmethod
     def forward(ctx, gen, force, unit):
@@ -226,8 +229,8 @@ def affinity(dist, tau, kernel="both"):
         A = logits.exp()
     else:
         raise ValueError(f"kernel is '{kernel}': must be one of {', '.join(KERNELS)}")
-    # The floor keeps far samples' forces alive: without it the gradient changes by 43%. A
-    # kernel that is under it at most distances (about 1) has its force, and force_TAU alike.
+    # The floor keeps far samples' forces alive: without it the gradient changes by 43%. Distances
+    # are about 1: of a kernel that is below the floor there, only the floor's force is left.
     return A.clamp_min_(1e-3)
 
 

@@ -658,7 +658,7 @@ class VAE(nn.Module):
 # as MAE has them, and an entry here. YOURS(...).save_pretrained(FOLDER) then writes weights and
 # the constructor's arguments (numbers, lists) for --encoder FOLDER and load_encoder to read.
 # Images come in float32, weights are bfloat16 under --bf16: cast the images to their type.
-# Of features of one name the last encoder's is used; `global` is that of the samples themselves.
+# Several encoders must name features apart; `global` is that of the samples themselves.
 ENCODERS = {"mae": MAE, "convnextv2": ConvNeXtV2, "resnet50": ResNet50}
 BUILT_FROM_FILES = (Generator, MAE, ConvNeXtV2, ResNet50)  # all of their tensors are in files
 
@@ -871,7 +871,8 @@ def from_torchvision(file, state):
     if len(prefixes) > 1:
         raise UsageError(f"{file}: holds several networks, of which one is wanted: their names "
                          f"begin with {' and '.join(sorted(prefixes))}")
-    wanted = re.compile(re.escape("".join(prefixes)) + r"((conv1|bn1|layer\d)\..*)")
+    prefix = prefixes[0] if prefixes else ""  # without a layer1 all its tensors are missed, by name
+    wanted = re.compile(re.escape(prefix) + r"((conv1|bn1|layer\d)\..*)")
     matches = {name: wanted.fullmatch(name) for name in state}
     return {match[1]: state[name] for name, match in matches.items() if match}
 
@@ -1243,7 +1244,7 @@ positive_int = number(int, least=1)
 
 def usable_device(text):
     """`type=` of --device. It asks without a use, which would put all ranks on the first GPU."""
-    kind, _, index = text.partition(":")
-    if text != "cpu" and not (kind == "cuda" and int(index or 0) < torch.cuda.device_count()):
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if text not in ["cpu", *gpus] and not (text == "cuda" and gpus):
         raise argparse.ArgumentTypeError(f"torch sees no {text} here")
     return text

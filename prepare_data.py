@@ -927,7 +927,7 @@ def parse(argv=None):
         others += ["vae", "vae_chunk", "crops", "seed"]
     for name in others:
         if getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name} is not an option of {args.kind}")
+            parser.error(f"--{name} is not read for {args.kind} of {args.data}")
     return args
 
 

@@ -286,12 +286,15 @@ def name_of(data):
 
 
 def fit(args, data):
-    """Set the options that a row of PRESETS leaves None: by images, classes and device."""
+    """Set the options that a row of PRESETS leaves None: by images, classes and device.
+
+    An encoder gets at most 16 x 16 positions, and a generator at most 8 x 8 tokens.
+    """
     on_gpu = args.device.startswith("cuda")
     if args.stage == "encoder":
         row = dict(base_channels=32, layers=[1, 1, 1], batch_size=128, steps=400)
         if on_gpu:
-            row = dict(base_channels=64, layers=[2, 2, 2], batch_size=512, steps=3000)
+            row |= dict(base_channels=64, layers=[2, 2, 2], batch_size=512, steps=3000)
         steps = args.steps or row["steps"]
         row |= dict(input_patch_size=patch_of(data, 16, 2), cls_steps=steps // 2)
     else:
@@ -710,10 +713,7 @@ def open_vae(args, data):
 
 
 def open_encoders(args, data):
-    """Encoders, and the sha256 of each one's weights, by which a resumed run knows them again.
-
-    One of yours is added to model.ENCODERS. Its weights may be bfloat16 while images are float32.
-    """
+    """Encoders, and the sha256 of each one's weights, by which a resumed run knows them again."""
     encoders = torch.nn.ModuleList()
     digests = []
     channels = 3 if args.pixel_encoder else data.shape[0]
