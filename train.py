@@ -85,7 +85,7 @@ PRESETS = {
     # Small ones of ours. `digits` takes minutes on two CPU cores.
     "digits_encoder": dict(
         stage="encoder", data="data/digits", input_patch_size=2, base_channels=64,
-        layers=[1, 1, 1], batch_size=128, cls_steps=120, cls_ramp=50, ema_decay=[0.99],
+        layers=[1, 1], batch_size=128, cls_steps=120, cls_ramp=50, ema_decay=[0.99],
         lr=2e-3, warmup=50, steps=300, sample_every=150, save_every=100),
     "digits": dict(
         stage="generator", data="data/digits", encoder=["digits_encoder"], model="XS",
@@ -99,7 +99,7 @@ PRESETS = {
         sample_every=200, save_every=100),
     "small": dict(
         stage="generator", encoder=["small_encoder"], model=None, patch_size=None, labels=None,
-        gen=None, pos=None, uncond=None, alpha_power=2, reals="index", ema_decay=[0.99], lr=None,
+        gen=None, pos=None, uncond=None, alpha_power=0, reals="index", ema_decay=[0.99], lr=None,
         warmup=None, steps=None, cooldown=None, sample_every=100, save_every=100),
     # For one modern GPU.
     "cifar10_encoder": dict(
@@ -288,7 +288,8 @@ def name_of(data):
 def fit(args, data):
     """Set the options that a row of PRESETS leaves None: by images, classes and device.
 
-    An encoder gets at most 16 x 16 positions, and a generator at most 8 x 8 tokens.
+    An encoder gets at most 16 x 16 positions, a generator at most 8 x 8 tokens, on a CPU 6 x 6.
+    There small steps, and many of them, go farther in the same time than few large ones.
     """
     on_gpu = args.device.startswith("cuda")
     if args.stage == "encoder":
@@ -298,15 +299,17 @@ def fit(args, data):
         steps = args.steps or row["steps"]
         row |= dict(input_patch_size=patch_of(data, 16, 2), cls_steps=steps // 2)
     else:
-        row = dict(model="XS", labels=10, gen=16, pos=32, uncond=8, lr=2e-3,
-                   steps=90 * min(max(10, data.num_classes), 50))
+        row = dict(model="XS", labels=5, gen=16, pos=32, uncond=8, lr=3e-3,
+                   steps=150 * min(max(10, data.num_classes), 50))
         if on_gpu:
-            row |= dict(model="S", gen=64, pos=64, uncond=16, lr=4e-4, steps=10 * row["steps"])
+            row |= dict(model="S", labels=10, gen=64, pos=64, uncond=16, lr=4e-4,
+                        steps=6 * row["steps"])
         row["uncond"] = min(row["uncond"], int(data.count.sum()))
         if data.num_classes == 1:  # guidance needs other classes
-            row |= dict(labels=2, gen=80, pos=160, uncond=0)
+            gen = 80 if on_gpu else 40
+            row |= dict(labels=2, gen=gen, pos=2 * gen, uncond=0)
         steps = args.steps or row["steps"]
-        row |= dict(patch_size=patch_of(data, 8, 1), cooldown=steps * 7 // 10)
+        row |= dict(patch_size=patch_of(data, 8 if on_gpu else 6, 1), cooldown=steps * 7 // 10)
     row["warmup"] = min(50, steps // 10)
     for name, value in row.items():
         if vars(args)[name] is None:
@@ -360,6 +363,7 @@ class EncoderStage:
         args = self.args
         slots = my_part(args.batch_size)[:most]
         ids = self.data.fresh(step * args.batch_size, args.batch_size, args.seed)[slots]
+        # Random numbers for each image alone: its crop, mask and noise do not depend on the others.
         rngs = [np.random.default_rng([args.seed, step, slot]) for slot in slots]
         seeds = np.array([rng.integers(1 << 63) for rng in rngs])  # of the latents' noise
         masks = np.stack([rng.random((self.grid, self.grid)) < 0.5 for rng in rngs])
@@ -374,6 +378,7 @@ class EncoderStage:
                 "mask": upload(masks.astype(np.float32), args.device)}
 
     def backward(self, batch, step):
+        """lam CE + (1 - lam) L2 (A.3): lam is 0 until the last --cls_steps, in which it rises."""
         args = self.args
         fine_tuned = max(0, step - (args.steps - args.cls_steps))
         lam = args.cls_weight * min(1, fine_tuned / args.cls_ramp)
@@ -455,6 +460,7 @@ class GeneratorStage:
             self.encode = [torch.compile(encode) for encode in self.encode]
         # Reals that are few and never change pass the encoders once: 1.3 times the steps a second.
         self.kept = None
+        # Few: their features take a hundred times their bytes and more.
         changing = latents or args.flip or args.crop_scale < 1 or args.dry_run
         if not changing and data.images.nbytes < 1 << 17:
             with torch.no_grad():
@@ -515,6 +521,7 @@ class GeneratorStage:
         return self.queue
 
     def push(self, ids):
+        """Into the queues of their classes and of any class."""
         self.queue.push(ids, self.data.labels[ids])
 
     def generate(self, batch, first=0):
@@ -652,7 +659,8 @@ def figures(losses_of_parts, infos):
         loss = torch.stack([losses[feature].detach() for losses in losses_of_parts]).mean()
         by_feature[feature] = torch.stack([loss, *info.values()])
     table = torch.stack(list(by_feature.values()))
-    logs = dict(zip(("loss", *info), table.mean(0)))
+    names = next(iter(infos.values()))
+    logs = dict(zip(("loss", *names), table.mean(0)))
     logs["loss"] = table[:, 0].sum()
     return logs, by_feature
 
@@ -668,7 +676,7 @@ def check_data(args, data, size):
 
 
 def my_part(count):
-    """This process's part of range(count)."""
+    """This process's part of range(count): neighbours, so that parts in order are the whole."""
     part = count // world_size()
     return range(part * get_rank(), part * (get_rank() + 1))
 
@@ -692,14 +700,16 @@ def crop(x, min_area, rngs, mirror=False):
 
 
 def autocast(args):
+    """Around what networks compute: in bfloat16 under --bf16, from weights in float32."""
     return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16)
 
 
 def frozen(net, args):
     """A network that is only looked through, in the type in which it computes."""
-    net.eval().requires_grad_(False)
-    return net.to(args.device, torch.bfloat16 if args.bf16 else torch.float32,
-                  memory_format=torch.channels_last)
+    net.eval().requires_grad_(False).to(args.device, torch.bfloat16 if args.bf16 else torch.float32)
+    if args.device == "cpu":  # whose GroupNorm takes twenty times as long for channels last
+        return net
+    return net.to(memory_format=torch.channels_last)
 
 
 def open_vae(args, data):
@@ -716,6 +726,7 @@ def open_encoders(args, data):
     """Encoders, and the sha256 of each one's weights, by which a resumed run knows them again."""
     encoders = torch.nn.ModuleList()
     digests = []
+    # What an encoder sees: the data's pixels or latents, or the images that latents decode to.
     channels = 3 if args.pixel_encoder else data.shape[0]
     for name in args.encoder:
         encoder = random_encoder(name, data) if args.dry_run else model.load_encoder(name)
@@ -752,6 +763,8 @@ class Run:
         self.net.origin = {key: data.meta[key] for key in ("classes", "vae") if key in data.meta}
         self.emas = [copy.deepcopy(self.net).eval().requires_grad_(False) for _ in args.ema_decay]
         self.params = list(self.net.parameters())
+        # The paper's betas (Table 8). The fused kernel can leave a step out by itself, see
+        # `update`: whether to is known on the GPU, and nobody waits for the answer.
         self.optimizer = torch.optim.AdamW(self.params, args.lr, (0.9, 0.95), eps=1e-8,
                                            weight_decay=args.weight_decay, fused=True)
         self.skipped = torch.zeros(2, dtype=torch.long, device=args.device)  # in a row, in all
@@ -816,6 +829,11 @@ class Later:
 
 
 def main(argv=None):
+    """Data, sizes, encoders, and the training of one stage.
+
+    An encoder that is a preset is a run of its own: it is trained here first, by a call of main
+    with its own options, so that it resumes and is looked at like any other run.
+    """
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     if args.dry_run:
@@ -854,7 +872,11 @@ def prepared(args):
     source = args.data
     if source == "data/digits":  # they come with the code
         source = "digits"
-    elif (Path(source) / "train/meta.json").exists() or not Path(source).exists():
+    elif not Path(source).exists():
+        if Path(source).suffix or os.path.isabs(source):  # my.zip or fashion's: meant as a source
+            raise UsageError(f"--data {source}: there is no such file or folder")
+        return source
+    elif (Path(source) / "train/meta.json").exists():
         return source
     out = f"data/{name_of(source)}"
     if os.path.abspath(out) == os.path.abspath(source):  # not among the images that are read
@@ -889,7 +911,11 @@ def train(args, data, thread):
         signal.signal(signum, ask_to_stop)
     progress = tqdm(range(start, args.steps), args.out, initial=start, total=args.steps,
                     disable=get_rank() > 0, mininterval=1)
-    batches = prepare_data.prefetch(thread, run.stage.batch, range(start, args.steps))
+    # A GPU computes while the next batch is read and drawn, which depends on its step alone. On a
+    # CPU both would want the same cores: a step of `fashion_encoder` takes a sixth longer.
+    batches = map(run.stage.batch, range(start, args.steps))
+    if args.device != "cpu":
+        batches = prepare_data.prefetch(thread, run.stage.batch, range(start, args.steps))
     began = logged_at = time.time()
     logged = start
     waited = 0
@@ -959,7 +985,8 @@ def save_strip(out):
 def look_at(args, step, by_feature, status):
     """Explain a step that was skipped. Returns skipped steps in a row, and whether to stop.
 
-    After ten skipped steps in a row the run ends.
+    A skipped step has changed nothing, and the next one draws other samples. After ten in a row
+    the weights themselves are the cause, and the run ends.
     """
     in_a_row, stop_asked, *faults = status.read()
     if in_a_row:
@@ -984,7 +1011,11 @@ def give_up(text):
 
 
 def learning_rate(step, args):
-    """Linear from 1e-6 in the first --warmup steps, and to zero in the last --cooldown ones."""
+    """Linear from 1e-6 in the first --warmup steps, and to zero in the last --cooldown ones.
+
+    The paper's runs have no cooldown: they are long, and averaged weights do the same for them. In
+    a run of minutes the samples would stay noisy.
+    """
     rate = 1e-6 + (args.lr - 1e-6) * min(1, (step + 1) / max(1, args.warmup))
     if args.cooldown:
         rate *= min(1, (args.steps - step) / args.cooldown)
@@ -992,6 +1023,7 @@ def learning_rate(step, args):
 
 
 def all_reduce(sums):
+    """The sum over all processes, in place: every one of them must come here, in this order."""
     if world_size() > 1:
         dist.all_reduce(sums)
     return sums
@@ -1001,14 +1033,15 @@ def mean_over_processes(figures):
     """{name: number or tensor} -> {name: number or list of them}."""
     means = {}
     for name, value in figures.items():
-        total = all_reduce(torch.as_tensor(value).double().clone())
+        total = all_reduce(torch.as_tensor(value, dtype=torch.float64).clone())
         means[name] = (total / world_size()).tolist()
     return means
 
 
 def resume(run, out):
     """Continue from the newest checkpoint, with rank 0's weights: the number of steps done."""
-    folder = gather(on_all_ranks(whole_checkpoint, out))[0]  # rank 0 looks for all
+    # Rank 0 looks for all: while others looked, it might set a damaged checkpoint aside.
+    folder = gather(on_all_ranks(whole_checkpoint, out))[0]
     start = on_all_ranks(load_checkpoint, run, folder) if folder else 0
     if world_size() > 1:
         for network in (run.net, *run.emas):
@@ -1026,6 +1059,8 @@ def rounded(by_feature):
 def compare_weights(run):
     """Before weights are saved: raises RuntimeError on all processes where one has others.
 
+    Averaged gradients keep equal weights equal. Once they differ, by a faulty GPU or by a change
+    here that draws something on one rank only, nothing else would show it: losses look as before.
     Ends the run where some are not finite: a finite gradient can still overflow them.
     """
     sums = torch.stack([p.double().sum() for p in run.params]).tolist()
@@ -1092,7 +1127,10 @@ def step_of(line):
 
 
 def write_log(args, line):
-    """Append a line to log.jsonl, in which a number that is not finite is null."""
+    """Append a line to log.jsonl, in which a number that is not finite is null.
+
+    Python would write NaN and Infinity, at which readers of JSON stop.
+    """
     if get_rank() == 0:
         line = json.loads(json.dumps(line), parse_constant=lambda name: None)
         with open(Path(args.out) / "log.jsonl", "a") as log:
@@ -1108,6 +1146,7 @@ def memory_gb(device):
 
 
 def count_parameters(net):
+    """As a text, in millions."""
     return f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f}M parameters"
 
 
@@ -1215,7 +1254,11 @@ def whole_folder(folder):
 
 
 def load_checkpoint(run, folder):
-    """Continue from a checkpoint. Returns the number of steps done."""
+    """Continue from a checkpoint. Returns the number of steps done.
+
+    Other data, encoders or sizes would train on without a word, towards something else: refused.
+    Other options, such as --lr or --steps, are what people resume for: they are said.
+    """
     args = run.args
     file = folder / "train_state.safetensors"
     with safe_open(file, "pt") as opened:
@@ -1277,20 +1320,23 @@ def whole_checkpoint(out):
 
 
 def checkpoints(out):
-    """Newest first."""
+    """Folders of whole checkpoints, newest first: what is being written has another name."""
     return sorted(out.glob("step_" + "[0-9]" * 8), reverse=True)
 
 
 def ema_folders(folder, decays):
+    """Where each average lies. The first is what sample.py and others load of a checkpoint."""
     return [folder, *(folder / f"ema_{decay}" for decay in decays[1:])]
 
 
 def part_of(state, prefix):
+    """The tensors whose names begin with the prefix, without it."""
     return {name.removeprefix(prefix): value for name, value in state.items()
             if name.startswith(prefix)}
 
 
 def sync(path):
+    """To the disk: a rename may get there before what was renamed, and a power cut between."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
@@ -1344,7 +1390,11 @@ def random_vae(args):
 
 
 def dry_run(args, data):
-    """Two steps on random data: the first counts FLOPs, the second is timed."""
+    """Two steps on random data: the first counts FLOPs, the second is timed.
+
+    Nothing is predicted. Memory is what the process had in these steps, which is that of the run
+    but for pictures, evaluations and, on a CPU, the pages of the data that have been read.
+    """
     run = Run(args, data)
     nets = {args.stage: run.net}
     nets.update(zip(getattr(args, "encoder", []), getattr(run.stage, "encoders", [])))

@@ -794,7 +794,7 @@ def test_small_goes_from_images_to_grids(home, tmp_path, monkeypatch, capsys, co
     assert [line["step"] for line in log("runs/mine_encoder")] == [1, 2]
     options = json.loads(Path("runs/mine/options.json").read_text())
     single = len(counts) == 1
-    assert options["patch_size"] == 1 and options["uncond"] == (0 if single else 8)
+    assert options["patch_size"] == 2 and options["uncond"] == (0 if single else 8)
     # Nine rows of pictures, the first of which are real ones; and one GIF of all grids.
     with Image.open("runs/mine/samples_00000002.png") as grid:
         assert grid.height > 9 * 8 and grid.width >= min(len(counts), 10) * 8
@@ -808,9 +808,9 @@ def test_small_goes_from_images_to_grids(home, tmp_path, monkeypatch, capsys, co
 
 
 @pytest.mark.parametrize("side, encoder, generator", [
-    (8, 1, 1), (28, 2, 4), (32, 2, 4), (64, 4, 8), (25, 1, 5)])
+    (8, 1, 2), (28, 2, 7), (32, 2, 8), (64, 4, 16), (25, 1, 5)])
 def test_sizes_follow_from_the_images(side, encoder, generator):
-    """At most 16 x 16 positions of an encoder, of which masks hide 2 x 2; 8 x 8 tokens."""
+    """At most 16 x 16 positions of an encoder, of which masks hide 2 x 2; 6 x 6 tokens."""
     data = SimpleNamespace(shape=(1, side, side), num_classes=10, count=np.full(10, 9))
     args = train.parse(["--preset", "small_encoder", "--data", "x", "--device", "cpu"])
     train.fit(args, data)
@@ -901,6 +901,7 @@ def test_dry_run_of_what_it_does_not_know_is_one_line():
      "data/digits has 140 images, and a queue 128"),
     (dict(encoder="runs/nowhere"), "runs/nowhere: there is no"),
     (dict(data="data/nowhere"), "no prepared data there"),
+    (dict(data="nowhere.zip"), "--data nowhere.zip: there is no such file"),
     (dict(size=16), "data.digits.train is of other images or options"),
     (dict(out="runs/e"), "is of another model"),
     (dict(micro_batches=3), "must be divisible by"),
