@@ -855,7 +855,7 @@ def test_dry_run(tmp_path, monkeypatch, capsys):
         train.main([*DRY, *more])
         said = capsys.readouterr().out
         assert "generator: 0.1M parameters" in said
-        assert "digits_encoder: 1.2M parameters" in said
+        assert "digits_encoder: 0.3M parameters" in said
         assert re.search(r"memory of a process: \d+\.\d\d GB", said)
         assert re.search(r"900 steps: \d+\.\d\d h", said)
         tera, seconds = re.search(r"a step: (\S+) TFLOP on 1 process\(es\), (\S+) s", said).groups()
