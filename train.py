@@ -93,6 +93,8 @@ PRESETS = {
         ema_decay=[0.99], lr=2.5e-3, warmup=30, cooldown=620, steps=900,
         sample_every=100, save_every=150),
     # For any small images: what is None follows from them and from the device, see `fit`.
+    # Its alphas are uniform in [1, 4]: small generators hardly read alpha, and what guides them is
+    # its mean in training.
     "small_encoder": dict(
         stage="encoder", input_patch_size=None, base_channels=None, layers=None, batch_size=None,
         steps=None, cls_steps=None, cls_ramp=50, ema_decay=[0.99], lr=2e-3, warmup=None,
