@@ -291,7 +291,7 @@ def fit(args, data):
     """Set the options that a row of PRESETS leaves None: by images, classes and device.
 
     An encoder gets at most 16 x 16 positions, a generator at most 8 x 8 tokens, on a CPU 6 x 6.
-    There small steps, and many of them, go farther in the same time than few large ones.
+    There, many small steps go farther in the same time than few large ones.
     """
     on_gpu = args.device.startswith("cuda")
     if args.stage == "encoder":
@@ -461,8 +461,8 @@ class GeneratorStage:
             self.forward = torch.compile(self.net)
             self.encode = [torch.compile(encode) for encode in self.encode]
         # Reals that are few and never change pass the encoders once: 1.3 times the steps a second.
+        # They must be few, as their features take a hundred times their bytes and more.
         self.kept = None
-        # Few: their features take a hundred times their bytes and more.
         changing = latents or args.flip or args.crop_scale < 1 or args.dry_run
         if not changing and data.images.nbytes < 1 << 17:
             with torch.no_grad():
@@ -1338,7 +1338,7 @@ def part_of(state, prefix):
 
 
 def sync(path):
-    """To the disk: a rename may get there before what was renamed, and a power cut between."""
+    """Wait until it is on the disk: else a power cut could leave a renamed file without content."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
