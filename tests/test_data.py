@@ -297,27 +297,34 @@ def command(photos, vae, out):
     return ["latents", "--data", str(photos), "--out", str(out), "--vae", str(vae), "--size", "64"]
 
 
+def prepare_as_rank(rank, n, port, words):
+    place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=n, RANK=rank,
+                 LOCAL_RANK=rank, LOCAL_WORLD_SIZE=n)
+    os.environ.update({key: str(value) for key, value in place.items()})
+    model.start_processes()
+    prepare_data.main(words)
+    torch.distributed.destroy_process_group()
+
+
 @pytest.fixture
 def start():
-    """Starts n processes of prepare_data.py, as torchrun does. Forks need not import again."""
-    processes = []
+    """Starts n processes of prepare_data.py, as torchrun does.
 
-    def run(rank, n, port, words):
-        place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=n, RANK=rank,
-                     LOCAL_RANK=rank, LOCAL_WORLD_SIZE=n)
-        os.environ.update({key: str(value) for key, value in place.items()})
-        model.start_processes()
-        prepare_data.main(words)
-        torch.distributed.destroy_process_group()
+    They are forks of a process that has imported everything and computed nothing. Forks of this
+    one would share tqdm's lock with it, and be killed while they hold it.
+    """
+    processes = []
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_data", "diffusers.models.autoencoders.autoencoder_kl"])
 
     def start(n, words):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        fork = multiprocessing.get_context("fork")
-        processes.extend(fork.Process(target=run, args=(rank, n, port, words)) for rank in range(n))
-        for process in processes:
+        for rank in range(n):
+            process = context.Process(target=prepare_as_rank, args=(rank, n, port, words))
             process.start()
+            processes.append(process)
         return processes
 
     yield start
@@ -503,8 +510,9 @@ def test_killed_and_resumed_on_another_number_of_processes(prepared, photos, vae
     partial = tmp_path / "train.tmp"
     two = start(2, command(photos, vae, tmp_path))
     done = np.zeros(1)
+    began = time.time()
     while np.count_nonzero(done) < 2:
-        assert all(process.is_alive() for process in two)
+        assert all(process.is_alive() for process in two) and time.time() - began < 60
         time.sleep(0.001)
         if (partial / "done").exists():
             done = np.fromfile(partial / "done", np.uint32)
