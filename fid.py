@@ -35,7 +35,7 @@ from tqdm import tqdm
 from model import (MAE, UsageError, barrier, digest, get_rank, load_encoder, number, on_all_ranks,
                    one_line, run_script, sha256, whole_file, world_size)
 from prepare_data import (MAX_PIXELS, BrokenImage, CachedLatents, Dataset, natural, note,
-                          open_source, to_array)
+                          open_source, reading, to_array)
 from sample import (HelpFormat, add_sampling_options, check_out, generate, load_networks, save_grid,
                     to_uint8)
 
@@ -265,7 +265,7 @@ def load_inception(path=None):
     """
     with torch.device("meta"):  # without initialisation, which would draw random numbers
         net = Inception()
-    with reading(path or "download", f"FID Inception-v3; --inception takes {INCEPTION_URL}"):
+    with reading(path or "download", f"no FID Inception-v3; --inception takes {INCEPTION_URL}"):
         if path is None:
             # torch.hub speaks on stdout, where only results belong.
             with contextlib.redirect_stdout(sys.stderr):
@@ -278,17 +278,6 @@ def load_inception(path=None):
         state = {key: x for key, x in state.items() if not key.endswith("num_batches_tracked")}
         net.load_state_dict(state, assign=True)
     return net.eval().requires_grad_(False)
-
-
-@contextlib.contextmanager
-def reading(path, wanted):
-    """Around the reading of a foreign file, where every error is the file's fault."""
-    try:
-        if Path(path).exists() and not Path(path).is_file():
-            raise ValueError("not a file")  # a named pipe would be waited for
-        yield
-    except Exception as error:
-        raise UsageError(f"{path}: no {wanted} ({one_line(error)})") from error
 
 
 # --------------------------------------------------------------------------------------------
@@ -468,7 +457,7 @@ def read_statistics(path, extractor):
     """
     real = None
     size = None
-    with reading(path, "statistics: mu and sigma, or ref_mu and ref_sigma"):
+    with reading(path, "no statistics: mu and sigma, or ref_mu and ref_sigma"):
         file = np.load(path, allow_pickle=False)  # a pickle could run code
         for member in file.zip.infolist():
             if member.filename != "arr_0.npy" and member.file_size > 9 * MAX_WIDTH**2:
@@ -587,7 +576,7 @@ def open_npz(path):
 
     It is never in memory whole: 50,000 images of 256x256 are 9.8 GB.
     """
-    with reading(path, ".npz with images arr_0"):
+    with reading(path, "no .npz with images arr_0"):
         archive = zipfile.ZipFile(path)
         member = archive.open("arr_0.npy")
         np.lib.format.read_magic(member)  # 1.0, since the header is short
@@ -605,7 +594,7 @@ def open_npz(path):
 
     def read(indices):
         images = []
-        with reading(path, "whole .npz"):
+        with reading(path, "no whole .npz"):
             for i in indices:
                 member.seek(first + i * size)
                 images.append(np.frombuffer(member.read(size), np.uint8).reshape(shape[1:]))

@@ -194,6 +194,7 @@ def prefetch(thread, function, steps):
 @contextlib.contextmanager
 def reading(path, problem):
     """Around the reading of a foreign file, where every error is the file's fault: a UsageError."""
+    path = Path(path)
     try:
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise ValueError("a pipe or a device")  # which would be waited for

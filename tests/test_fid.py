@@ -330,7 +330,7 @@ def test_images_from_everywhere(tmp_path):
     for source, reason in {
             "statistics.npz": "KeyError", "empty": "no images", "missing.npz": "FileNotFoundError",
             "missing": "missing", "folder/class/0.png": "neither a folder",
-            "pipe.npz": "not a file",
+            "pipe.npz": "a pipe",
             "run": "give it as --ckpt"}.items():
         with pytest.raises(UsageError, match=reason):
             fid.open_images(tmp_path / source)
