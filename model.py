@@ -6,6 +6,7 @@ ones first), d width. What all scripts share is at the end.
 """
 import argparse
 import contextlib
+import ctypes
 import datetime
 import errno
 import hashlib
@@ -1129,6 +1130,7 @@ def run_script(main):
     try:
         if "" in sys.argv:
             raise UsageError("an option is empty: a variable of the shell that is not set?")
+        keep_freed_memory()
         start_processes()
         main()
         sys.stdout.flush()
@@ -1149,6 +1151,18 @@ def run_script(main):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def keep_freed_memory():
+    """Tell glibc not to give freed memory back to the system, which it would soon ask for again.
+
+    On a CPU the pages of a step's tensors then appear once, and not in each step: the drift loss
+    takes three quarters of the time, a step of `fashion` nine tenths.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # not on macOS
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, in bytes
+        libc.mallopt(-3, 32 << 20)   # M_MMAP_THRESHOLD, at most this
 
 
 def start_processes():

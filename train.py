@@ -290,8 +290,8 @@ def name_of(data):
 def fit(args, data):
     """Set the options that a row of PRESETS leaves None: by images, classes and device.
 
-    An encoder gets at most 16 x 16 positions, a generator at most 8 x 8 tokens, on a CPU 6 x 6.
-    There, many small steps go farther in the same time than few large ones.
+    An encoder gets at most 16 x 16 positions, a generator at most 8 x 8 tokens. On a CPU many
+    small steps go farther in the same time than few large ones.
     """
     on_gpu = args.device.startswith("cuda")
     if args.stage == "encoder":
@@ -302,7 +302,7 @@ def fit(args, data):
         row |= dict(input_patch_size=patch_of(data, 16, 2), cls_steps=steps // 2)
     else:
         row = dict(model="XS", labels=5, gen=16, pos=32, uncond=8, lr=3e-3,
-                   steps=150 * min(max(10, data.num_classes), 50))
+                   steps=125 * min(max(10, data.num_classes), 50))
         if on_gpu:
             row |= dict(model="S", labels=10, gen=64, pos=64, uncond=16, lr=4e-4,
                         steps=6 * row["steps"])
@@ -311,7 +311,7 @@ def fit(args, data):
             gen = 80 if on_gpu else 40
             row |= dict(labels=2, gen=gen, pos=2 * gen, uncond=0)
         steps = args.steps or row["steps"]
-        row |= dict(patch_size=patch_of(data, 8 if on_gpu else 6, 1), cooldown=steps * 7 // 10)
+        row |= dict(patch_size=patch_of(data, 8, 1), cooldown=steps * 7 // 10)
     row["warmup"] = min(50, steps // 10)
     for name, value in row.items():
         if vars(args)[name] is None:

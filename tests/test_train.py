@@ -808,9 +808,9 @@ def test_small_goes_from_images_to_grids(home, tmp_path, monkeypatch, capsys, co
 
 
 @pytest.mark.parametrize("side, encoder, generator", [
-    (8, 1, 2), (28, 2, 7), (32, 2, 8), (64, 4, 16), (25, 1, 5)])
+    (8, 1, 1), (28, 2, 4), (32, 2, 4), (64, 4, 8), (25, 1, 5)])
 def test_sizes_follow_from_the_images(side, encoder, generator):
-    """At most 16 x 16 positions of an encoder, of which masks hide 2 x 2; 6 x 6 tokens."""
+    """At most 16 x 16 positions of an encoder, of which masks hide 2 x 2; 8 x 8 tokens."""
     data = SimpleNamespace(shape=(1, side, side), num_classes=10, count=np.full(10, 9))
     args = train.parse(["--preset", "small_encoder", "--data", "x", "--device", "cpu"])
     train.fit(args, data)
