@@ -35,9 +35,9 @@ from tqdm import tqdm
 from model import (MAE, UsageError, barrier, digest, get_rank, load_encoder, number, on_all_ranks,
                    one_line, run_script, sha256, whole_file, world_size)
 from prepare_data import (MAX_PIXELS, BrokenImage, CachedLatents, Dataset, natural, note,
-                          open_source, reading, to_array)
-from sample import (HelpFormat, add_sampling_options, check_out, generate, load_networks, save_grid,
-                    to_uint8)
+                          open_source, reading, shortened, to_array)
+from sample import (HelpFormat, add_sampling_options, check_out, class_names, generate,
+                    load_networks, save_grid, to_uint8)
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")
@@ -667,6 +667,10 @@ def command_neighbours(args, extractor):
     if shape != train.shape or generator.num_classes != train.num_classes:
         raise UsageError(f"{args.ckpt} makes {list(shape)} of {generator.num_classes} classes, "
                          f"{args.data} has {list(train.shape)} of {train.num_classes}")
+    names = class_names(generator)
+    if names and names != train.meta["classes"]:
+        raise UsageError(f"{args.ckpt} makes the classes {shortened(names)}, {args.data} has "
+                         f"{shortened(train.meta['classes'])}")
     sets = {"training": (open_images(args.data)[1], train.labels),
             "generated": (fake, np.arange(args.num_images or 1000) % train.num_classes)}
     test = Path(args.data, "test")

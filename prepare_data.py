@@ -817,11 +817,11 @@ def check_meta(folder, meta):
     with reading(file, f"cannot be read, remove {folder}"):
         before = json.loads(file.read_text())
         # The number of images may be less by the broken ones. Older data lack some keys.
-        same = before["shape"][1:] == meta["shape"][1:] and all(
-            before.get(key, meta[key]) == meta[key] for key in meta if key != "shape")
-    if not same:
-        raise UsageError(f"{folder} is of other images or options: remove it, or choose another "
-                         "folder (--out of prepare_data.py)")
+        before["shape"][0] = meta["shape"][0]
+        other = [key for key in meta if before.get(key, meta[key]) != meta[key]]
+    if other:
+        raise UsageError(f"{folder} is of other images or options, by their {', '.join(other)}: "
+                         "remove it, or choose another folder (--out of prepare_data.py)")
 
 
 def begin(partial, meta, size, sums):

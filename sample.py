@@ -16,6 +16,7 @@ import json
 import math
 import os
 import tempfile
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +108,13 @@ def save_grid(images, columns, path, titles=None, names=None):
 
 
 def text_image(text, width):
-    """One line of text, smaller where it is too long; what does not fit even so is cut off."""
+    """One line of text, smaller where it is too long; what does not fit even so is cut off.
+
+    PIL's font has the letters of ASCII: accents are left out, other letters become question marks.
+    """
+    letters = unicodedata.normalize("NFKD", text)
+    letters = "".join(letter for letter in letters if not unicodedata.combining(letter))
+    text = letters.encode("ascii", "replace").decode()
     image = Image.new("RGB", (width, 18), "white")
     size = 14
     while size > 9 and ImageFont.load_default(size).getlength(text) > width - 3:
@@ -251,16 +258,19 @@ def class_names(generator):
 
 
 def class_numbers(words, names, num_classes):
-    """--classes as numbers. A name counts before a number: folders may be called 1 to 10."""
+    """--classes as numbers. A name counts before a number; of folders 1 to 10 names alone do."""
     numbers = []
+    only_names = bool(names) and all(name.isdecimal() for name in names)
     for word in words:
         if word in names:
             numbers.append(names.index(word))
-        elif word.isdecimal() and int(word) < num_classes:
+        elif word.isdecimal() and int(word) < num_classes and not only_names:
             numbers.append(int(word))
         else:
-            raise UsageError(f"--classes {word}: this generator knows 0 to {num_classes - 1}, by "
-                             f"name {', '.join(names) or '(none)':.300}")
+            known = ", ".join(names)
+            if not only_names:
+                known = f"0 to {num_classes - 1}, by name {known or '(none)'}"
+            raise UsageError(f"--classes {word}: this generator knows {known:.300}")
     return numbers
 
 

@@ -16,6 +16,7 @@ import copy
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -97,7 +98,7 @@ PRESETS = {
     # its mean in training.
     "small_encoder": dict(
         stage="encoder", input_patch_size=None, base_channels=None, layers=None, batch_size=None,
-        steps=None, cls_steps=None, cls_ramp=50, ema_decay=[0.99], lr=2e-3, warmup=None,
+        steps=None, cls_steps=None, cls_ramp=None, ema_decay=[0.99], lr=2e-3, warmup=None,
         sample_every=200, save_every=100),
     "small": dict(
         stage="generator", encoder=["small_encoder"], model=None, patch_size=None, labels=None,
@@ -163,7 +164,6 @@ def build_parser(preset=None):
         "but for the number of classes")
     add("--log_every", type=positive_int, default=10, help="steps between lines of log.jsonl")
     add("--sample_every", type=positive_int, default=1000, help="steps between pictures")
-    add("--show_reals", action="store_true", help="a first row of real images in pictures")
     add("--save_every", type=positive_int, default=1000, help="steps between checkpoints")
 
     add = parser.add_argument_group("real images").add_argument
@@ -221,6 +221,7 @@ def add_generator_options(parser):
         "latest samples (the paper's), or from the whole class")
     add("--push", type=positive_int, default=1024, help="samples pushed into queues a step")
     add("--flip", action="store_true", help="mirror real images at random")
+    add("--show_reals", action="store_true", help="a first row of real images in pictures")
     add("--field", choices=drift.FIELDS, default="drifting", help="what moves the samples")
     add("--eval_every", type=count, default=0, help="steps between evaluations; 0: none")
     add("--eval_images", type=positive_int, default=10000, help="images an evaluation")
@@ -284,7 +285,7 @@ def parse(argv):
 
 def name_of(data):
     """data/my.zip -> my; a dot -> the name of the folder where we are"""
-    return Path(os.path.abspath(data)).name.strip(".").split(".")[0]
+    return re.sub(r"(\.zip|\.tar|\.gz|\.tgz)+$", "", Path(os.path.abspath(data)).name).strip(".")
 
 
 def fit(args, data):
@@ -299,7 +300,9 @@ def fit(args, data):
         if on_gpu:
             row |= dict(base_channels=64, layers=[2, 2, 2], batch_size=512, steps=3000)
         steps = args.steps or row["steps"]
-        row |= dict(input_patch_size=patch_of(data, 16, 2), cls_steps=steps // 2)
+        row |= dict(cls_steps=steps // 2, cls_ramp=max(1, steps // 8))
+        if args.input_patch_size is None:
+            row["input_patch_size"] = patch_of(args, data, 16, 2)
     else:
         row = dict(model="XS", labels=5, gen=16, pos=32, uncond=8, lr=3e-3,
                    steps=125 * min(max(10, data.num_classes), 50))
@@ -311,19 +314,31 @@ def fit(args, data):
             gen = 80 if on_gpu else 40
             row |= dict(labels=2, gen=gen, pos=2 * gen, uncond=0)
         steps = args.steps or row["steps"]
-        row |= dict(patch_size=patch_of(data, 8, 1), cooldown=steps * 7 // 10)
+        row["cooldown"] = steps * 7 // 10
+        if args.patch_size is None:
+            row["patch_size"] = patch_of(args, data, 8, 1)
     row["warmup"] = min(50, steps // 10)
+    parts = world_size() * args.micro_batches
     for name, value in row.items():
         if vars(args)[name] is None:
+            if name in ("labels", "batch_size"):
+                value = math.ceil(value / parts) * parts
             setattr(args, name, value)
 
 
-def patch_of(data, most, times):
-    """The smallest patch, `times` which divides the side, that gives at most `most` a side."""
+def patch_of(args, data, most, times):
+    """The smallest patch, `times` which divides the side, that gives at most `most` a side.
+
+    Raises UsageError where these are few: 62 = 2 x 31 pixels would be 2 x 2 patches.
+    """
     side = data.shape[1]
     fitting = [patch for patch in range(1, side + 1)
-               if side % (times * patch) == 0 and side // patch <= most]
-    return min(fitting, default=1)
+               if side % (times * patch) == 0 and min(side, 4) <= side // patch <= most]
+    if not fitting:
+        raise UsageError(f"{args.data}: images of {side} x {side} pixels do not divide into "
+                         f"patches: remove it, and give their source with --size "
+                         f"{math.ceil(side / most) * most}")
+    return min(fitting)
 
 
 # --------------------------------------------------------------------------------------------
@@ -418,29 +433,8 @@ class GeneratorStage:
     """Drifting (A.8): draw labels, alphas and reals; generate; move samples in feature space."""
 
     def __init__(self, args, data):
-        check_data(args, data, "labels")
         latents = data.meta["kind"] == "latents"
-        if args.pixel_encoder and not latents or args.crop_scale < 1 and latents:
-            raise UsageError(f"{args.data} holds {data.meta['kind']}: --pixel_encoder is for "
-                             "latents, --crop_scale for pixels")
-        if data.meta.get("views") == "crops":
-            raise UsageError(f"{args.data} holds crops, for encoders: make latents without --crops")
         self.queue = drift.SampleQueue(data.num_classes)
-        smallest = data.count[data.count > 0].min()
-        most_uncond = len(data)
-        if args.reals == "queue":
-            most_pos = min(smallest, self.queue.per_class)
-            most_uncond = self.queue.overall
-            if args.pos > most_pos:
-                raise UsageError(f"--pos can be at most {most_pos} with --reals queue: the "
-                                 f"smallest class of {args.data} has {smallest} images, and a "
-                                 f"queue {self.queue.per_class}. Or take --reals index")
-        elif args.pos > smallest:
-            say(f"the smallest class has {smallest} images, fewer than --pos {args.pos}: they are "
-                "drawn several times")
-        if args.uncond > most_uncond:
-            raise UsageError(f"--uncond can be at most {most_uncond} with --reals {args.reals} of "
-                             f"{args.data}")
         self.pushed = None
         self.args = args
         self.data = data
@@ -667,6 +661,36 @@ def figures(losses_of_parts, infos):
     return logs, by_feature
 
 
+def check_generator(args, data):
+    """Whether GeneratorStage can be made of these: asked before an encoder is trained for it."""
+    check_data(args, data, "labels")
+    latents = data.meta["kind"] == "latents"
+    if args.pixel_encoder and not latents or args.crop_scale < 1 and latents:
+        raise UsageError(f"{args.data} holds {data.meta['kind']}: --pixel_encoder is for "
+                         "latents, --crop_scale for pixels")
+    if data.meta.get("views") == "crops":
+        raise UsageError(f"{args.data} holds crops, for encoders: make latents without --crops")
+    if data.shape[1] % args.patch_size:
+        raise UsageError(f"--patch_size {args.patch_size} does not divide the side of the images "
+                         f"of {args.data}, {data.shape[1]}")
+    smallest = data.count[data.count > 0].min()
+    most_uncond = len(data)
+    if args.reals == "queue":
+        queue = drift.SampleQueue(data.num_classes)
+        most_pos = min(smallest, queue.per_class)
+        most_uncond = queue.overall
+        if args.pos > most_pos:
+            raise UsageError(f"--pos can be at most {most_pos} with --reals queue: the smallest "
+                             f"class of {args.data} has {smallest} images, and a queue "
+                             f"{queue.per_class}. Or take --reals index")
+    elif args.pos > smallest:
+        say(f"the smallest class has {smallest} images, fewer than --pos {args.pos}: they are "
+            "drawn several times")
+    if args.uncond > most_uncond:
+        raise UsageError(f"--uncond can be at most {most_uncond} with --reals {args.reals} of "
+                         f"{args.data}")
+
+
 def check_data(args, data, size):
     """What both stages ask of --data and of the size of a step. Raises UsageError."""
     parts = world_size() * args.micro_batches
@@ -730,8 +754,12 @@ def open_encoders(args, data):
     digests = []
     # What an encoder sees: the data's pixels or latents, or the images that latents decode to.
     channels = 3 if args.pixel_encoder else data.shape[0]
+    side = 8 * data.shape[1] if args.pixel_encoder else data.shape[1]
     for name in args.encoder:
-        encoder = random_encoder(name, data) if args.dry_run else model.load_encoder(name)
+        if args.dry_run:
+            encoder = random_encoder(name, data, args.device)
+        else:
+            encoder = model.load_encoder(name)
         if encoder.in_channels != channels:
             raise UsageError(f"--encoder {name} takes {encoder.in_channels} channels, here it gets "
                              f"{channels} (--pixel_encoder decodes latents for it, "
@@ -741,6 +769,9 @@ def open_encoders(args, data):
                 raise UsageError(f"--encoder_size: {name} takes images as they are")
             encoder.image_size = args.encoder_size
         if isinstance(encoder, model.MAE):
+            if side % encoder.input_patch_size:
+                raise UsageError(f"--encoder {name} takes images of a side that "
+                                 f"{encoder.input_patch_size} divides, not {side}")
             del encoder.decoder, encoder.fc  # a fifth of it, and never looked through
         if not args.dry_run:
             digests.append(digest(encoder))
@@ -851,6 +882,8 @@ def main(argv=None):
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if args.device.startswith("cuda"):
         torch.cuda.set_device(args.device)
+    if args.stage == "generator":
+        on_all_ranks(check_generator, args, data)
     if args.dry_run:
         return dry_run(args, data)
     for i, name in enumerate(getattr(args, "encoder", [])):
@@ -872,19 +905,23 @@ def main(argv=None):
 def prepared(args):
     """The folder of --data: itself, or data/NAME, which is made of the source first."""
     source = args.data
-    if source == "data/digits":  # they come with the code
+    if (Path(source) / "train/meta.json").exists():
+        return source
+    if source in ("digits", "data/digits"):  # they come with the code
         source = "digits"
     elif not Path(source).exists():
         if Path(source).suffix or os.path.isabs(source):  # my.zip or fashion's: meant as a source
-            raise UsageError(f"--data {source}: there is no such file or folder")
+            give_up(f"--data {source}: there is no such file or folder")
         return source
-    elif (Path(source) / "train/meta.json").exists():
-        return source
-    out = f"data/{name_of(source)}"
-    if os.path.abspath(out) == os.path.abspath(source):  # not among the images that are read
-        out += "_prepared"
+    out = Path("data", name_of(source))
+    # A folder of that name may be somebody's images, perhaps those that are read.
+    if out.exists() and not ((out / ".lock").exists() or (out / "train/meta.json").exists()):
+        out = Path(f"{out}_prepared")
     prepare_data.prepare(source, out, args.size)
-    return out
+    if not (out / "train").exists():
+        splits = [path.name for path in out.iterdir() if path.is_dir()]
+        give_up(f"--data {source} has no images to train on, but {', '.join(splits)} alone")
+    return str(out)
 
 
 def train(args, data, thread):
@@ -896,7 +933,7 @@ def train(args, data, thread):
     run = Run(args, data)
     start = resume(run, out)
     if start >= args.steps:
-        say(f"{out} has its {args.steps} steps already")
+        say(f"{out} has {start} steps already, --steps is {args.steps}")
         return
     begin(run, start)
     eval_every = getattr(args, "eval_every", 0)
@@ -977,9 +1014,13 @@ def save_strip(out):
     """The run's pictures one after the other, at most 40 of them, as OUT/samples.gif."""
     files = sorted(out.glob("samples_*.png"))
     chosen = np.unique(np.linspace(0, len(files) - 1, 40).round().astype(int))
-    frames = [Image.open(files[i]) for i in chosen]
-    for frame in frames:
+    pictures = [Image.open(files[i]) for i in chosen]
+    frames = []
+    for picture in pictures:  # --show_reals may have come later: the others get a white margin
+        frame = Image.new("RGB", tuple(np.max([other.size for other in pictures], 0)), "white")
+        frame.paste(picture)
         frame.thumbnail((1000, 1000))
+        frames.append(frame)
     with model.whole_file(out / "samples.gif") as file:
         frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=400, loop=0)
 
@@ -1369,7 +1410,7 @@ class RandomData(prepare_data.Dataset):
         return torch.randn(len(ids), *self.shape, device=device).clamp_(-1, 1)
 
 
-def random_encoder(name, data):
+def random_encoder(name, data, device):
     """An encoder of the sizes of a preset, of the published weights of that name, or ConvNeXt's."""
     name = name.removeprefix("hf://")
     if "convnextv2" in name:
@@ -1378,8 +1419,10 @@ def random_encoder(name, data):
         return model.ResNet50()
     if name not in PRESETS:
         raise UsageError(f"--dry_run knows the sizes of the presets' encoders, not of {name}")
-    words = ["--preset", name, "--dry_run", "--device", "cpu", "--crop_scale", "1"]
-    return EncoderStage(parse(words), data).net
+    args = parse(["--preset", name, "--dry_run", "--device", "cpu", "--crop_scale", "1"])
+    args.device = device  # on which sizes may depend
+    fit(args, data)
+    return EncoderStage(args, data).net
 
 
 def random_vae(args):

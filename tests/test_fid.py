@@ -649,6 +649,11 @@ def test_latents_are_decoded(command, run, monkeypatch):
         assert np.array_equal(picture[5 * 66:5 * 66 + 64, left:left + 64], np.asarray(tile))
     with pytest.raises(UsageError, match="makes .3, 16, 16. of 7 classes, digits has .1, 8, 8. of"):
         command(f"neighbours --ckpt {artifact} --data digits --features pixels --vae vae")
+    generator = model.load_generator(run / "gen")
+    generator.origin = {"classes": [f"animal {i}" for i in range(10)]}
+    generator.save_pretrained(run / "animals")
+    with pytest.raises(UsageError, match="makes the classes animal 0, .*, digits has 0, 1, 2"):
+        command("neighbours --ckpt animals --data digits --features pixels")
 
 
 def test_neighbours_figures_by_hand(run, monkeypatch, capsys):

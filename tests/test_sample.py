@@ -304,6 +304,10 @@ def test_classes_have_names(named, generator, tmp_path, capsys):
         assert (grid[:18, column * 66:][:, :64] < 128).any()
     with pytest.raises(UsageError, match="--classes lynx: .*by name cat, dog, 3, ant"):
         run("--ckpt", named, "--classes", "lynx", "--out", tmp_path / "x.png")
+    numbers = [str(number) for number in range(1, 11)]  # here 0 could only be the class called 1
+    assert sample.class_numbers(["1", "10"], numbers, 10) == [0, 9]
+    with pytest.raises(UsageError, match="--classes 0: this generator knows 1, 2, 3"):
+        sample.class_numbers(["0"], numbers, 10)
 
 
 def test_another_vae_than_that_of_training_is_refused(vae_folder, tmp_path):

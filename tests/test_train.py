@@ -794,7 +794,7 @@ def test_small_goes_from_images_to_grids(home, tmp_path, monkeypatch, capsys, co
     assert [line["step"] for line in log("runs/mine_encoder")] == [1, 2]
     options = json.loads(Path("runs/mine/options.json").read_text())
     single = len(counts) == 1
-    assert options["patch_size"] == 2 and options["uncond"] == (0 if single else 8)
+    assert options["patch_size"] == 1 and options["uncond"] == (0 if single else 8)
     # Nine rows of pictures, the first of which are real ones; and one GIF of all grids.
     with Image.open("runs/mine/samples_00000002.png") as grid:
         assert grid.height > 9 * 8 and grid.width >= min(len(counts), 10) * 8
@@ -804,11 +804,36 @@ def test_small_goes_from_images_to_grids(home, tmp_path, monkeypatch, capsys, co
     assert "fewer than --pos 6" in said
     train.main("--preset small --data mine.zip --size 8 --steps 2 --device cpu --gen 4 --pos 6 "
                "--show_reals".split())
-    assert "runs/mine has its 2 steps already" in capsys.readouterr().out
+    assert "runs/mine has 2 steps already" in capsys.readouterr().out
+
+
+def test_a_source_is_not_prepared_into_somebodys_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "data/mine", {"cat": 2})
+    shutil.make_archive("mine", "zip", "data/mine")
+    for source in ("mine.zip", "data/mine"):
+        assert train.prepared(SimpleNamespace(data=source, size=8)) == "data/mine_prepared"
+        assert os.listdir("data/mine") == ["cat"]
+    write_images(tmp_path / "v1.5/test", {"cat": 2})
+    with pytest.raises(UsageError, match="v1.5 has no images to train on, but test alone"):
+        train.prepared(SimpleNamespace(data="v1.5", size=8))
+    assert os.path.isdir("data/v1.5/test")
+    assert train.prepared(SimpleNamespace(data="digits", size=None)) == "data/digits"
+
+
+def test_a_strip_of_pictures_of_several_sizes(tmp_path):
+    """Rows that only later pictures have are not cut off."""
+    for i, height in enumerate((10, 30)):
+        Image.new("RGB", (20, height)).save(tmp_path / f"samples_{i:08d}.png")
+    train.save_strip(tmp_path)
+    with Image.open(tmp_path / "samples.gif") as strip:
+        assert strip.size == (20, 30)
+        strip.seek(1)
+        assert strip.convert("L").getextrema() == (0, 0)
 
 
 @pytest.mark.parametrize("side, encoder, generator", [
-    (8, 1, 1), (28, 2, 4), (32, 2, 4), (64, 4, 8), (25, 1, 5)])
+    (8, 1, 1), (28, 2, 4), (32, 2, 4), (64, 4, 8), (44, 11, 11)])
 def test_sizes_follow_from_the_images(side, encoder, generator):
     """At most 16 x 16 positions of an encoder, of which masks hide 2 x 2; 8 x 8 tokens."""
     data = SimpleNamespace(shape=(1, side, side), num_classes=10, count=np.full(10, 9))
@@ -819,6 +844,26 @@ def test_sizes_follow_from_the_images(side, encoder, generator):
     assert args.out == "runs/x"
     train.fit(args, data)
     assert (args.patch_size, args.gen, args.steps, args.cooldown) == (generator, 5, 40, 28)
+
+
+@pytest.mark.parametrize("side, better", [(1, 16), (7, 16), (25, 32), (62, 64)])
+def test_sides_that_do_not_divide_are_refused(side, better):
+    """An odd one leaves no pairs to mask, 62 only 2 x 2 patches of 31 x 31 pixels."""
+    data = SimpleNamespace(shape=(1, side, side), num_classes=10, count=np.full(10, 9))
+    args = train.parse(["--preset", "small_encoder", "--data", "x", "--device", "cpu"])
+    with pytest.raises(UsageError, match=f"do not divide .* --size {better}$"):
+        train.fit(args, data)
+
+
+def test_steps_follow_from_processes_and_micro_batches(monkeypatch):
+    data = SimpleNamespace(shape=(1, 8, 8), num_classes=10, count=np.full(10, 9))
+    monkeypatch.setattr(train, "world_size", lambda: 3)
+    args = train.parse("--preset small --data x --device cpu --micro_batches 2".split())
+    train.fit(args, data)
+    assert args.labels == 6
+    args = train.parse("--preset small_encoder --data x --device cpu".split())
+    train.fit(args, data)
+    assert args.batch_size == 129
 
 
 def test_init_from_a_model_of_other_classes(home, tmp_path, capsys):
@@ -884,6 +929,13 @@ def test_dry_run(tmp_path, monkeypatch, capsys):
     assert by_hand < counted[0] < 1.2 * by_hand  # the loss itself comes on top
 
 
+def test_dry_run_where_a_preset_leaves_sizes_open(monkeypatch, capsys):
+    monkeypatch.setitem(model.GENERATOR_SIZES, "XS", SMALL)
+    train.main("--preset fashion --dry_run --device cpu --labels 1 --gen 2 --pos 2 --uncond 1 "
+               "--patch_size 28".split())
+    assert "fashion_encoder: 0.3M parameters" in capsys.readouterr().out
+
+
 def test_dry_run_of_what_it_does_not_know_is_one_line():
     with pytest.raises(UsageError, match="--dry_run knows .*, and not what data/mine holds"):
         train.main([*DRY, "--data", "data/mine"])
@@ -902,7 +954,8 @@ def test_dry_run_of_what_it_does_not_know_is_one_line():
     (dict(encoder="runs/nowhere"), "runs/nowhere: there is no"),
     (dict(data="data/nowhere"), "no prepared data there"),
     (dict(data="nowhere.zip"), "--data nowhere.zip: there is no such file"),
-    (dict(size=16), "data.digits.train is of other images or options"),
+    (dict(size=16), "data/digits holds images of side 8, not --size 16"),
+    (dict(encoder="runs/patch_3", out="runs/of_3"), "takes images of a side that 3 divides, not 8"),
     (dict(out="runs/e"), "is of another model"),
     (dict(micro_batches=3), "must be divisible by"),
     (dict(encoder=["runs/e", "runs/e"], out="runs/twice"),
@@ -911,8 +964,9 @@ def test_dry_run_of_what_it_does_not_know_is_one_line():
     (dict(init_from="runs/g", out="runs/wide", patch_size=4), "--init_from .* another model"),
 ])
 def test_bad_input_is_refused_at_the_start(home, changes, message):
-    if not os.path.exists("runs/g"):
+    if not os.path.exists("runs/patch_3"):
         start(GENERATOR)
+        model.MAE(1, 16, (1,), input_patch_size=3).save_pretrained("runs/patch_3")
     with pytest.raises(UsageError, match=message):
         start(INDEX, **changes)
 
