@@ -896,6 +896,8 @@ def main(argv=None):
                 words += ["--vae", args.vae]  # on the images that its own row names
             else:
                 words += ["--data", args.data]
+                if args.size:
+                    words += ["--size", str(args.size)]
             main(words)
             args.encoder[i] = parse(words).out
     with on_all_ranks(prepare_data.claim, args.out), ThreadPoolExecutor(1) as thread:
@@ -905,10 +907,10 @@ def main(argv=None):
 def prepared(args):
     """The folder of --data: itself, or data/NAME, which is made of the source first."""
     source = args.data
-    if (Path(source) / "train/meta.json").exists():
-        return source
     if source in ("digits", "data/digits"):  # they come with the code
         source = "digits"
+    elif (Path(source) / "train/meta.json").exists():
+        return source
     elif not Path(source).exists():
         if Path(source).suffix or os.path.isabs(source):  # my.zip or fashion's: meant as a source
             give_up(f"--data {source}: there is no such file or folder")

@@ -954,7 +954,7 @@ def test_dry_run_of_what_it_does_not_know_is_one_line():
     (dict(encoder="runs/nowhere"), "runs/nowhere: there is no"),
     (dict(data="data/nowhere"), "no prepared data there"),
     (dict(data="nowhere.zip"), "--data nowhere.zip: there is no such file"),
-    (dict(size=16), "data/digits holds images of side 8, not --size 16"),
+    (dict(size=16), "data.digits.train is of other images or options, by their shape"),
     (dict(encoder="runs/patch_3", out="runs/of_3"), "takes images of a side that 3 divides, not 8"),
     (dict(out="runs/e"), "is of another model"),
     (dict(micro_batches=3), "must be divisible by"),
