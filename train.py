@@ -886,7 +886,11 @@ def main(argv=None):
         on_all_ranks(check_generator, args, data)
     if args.dry_run:
         return dry_run(args, data)
-    for i, name in enumerate(getattr(args, "encoder", [])):
+    encoders = getattr(args, "encoder", [])
+    for name in [*encoders, args.init_from]:  # they must be there, before an encoder is trained
+        if name and name not in PRESETS:
+            on_all_ranks(model.find_files, name, model.MODEL_FILES)
+    for i, name in enumerate(encoders):
         if name in PRESETS:  # trained first, unless its run is there
             words = ["--preset", name, "--device", args.device, "--seed", str(args.seed)]
             words.append("--bf16" if args.bf16 else "--no-bf16")
@@ -1325,8 +1329,8 @@ def load_checkpoint(run, folder):
         for decay, ema in zip(args.ema_decay, run.emas):
             ema.load_state_dict(load_file(places[decay] / "model.safetensors", args.device))
     except RuntimeError as error:
-        raise UsageError(f"{folder} is of another model than these options build; choose another "
-                         f"--out ({one_line(error)})") from error
+        raise UsageError(f"{folder} is of another model than these options build: remove "
+                         f"{args.out}, or choose another --out ({one_line(error)})") from error
     encoders = json.loads(metadata.get("encoders", "null"))  # absent in older checkpoints
     if encoders is not None and encoders != run.stage.encoder_digests:
         raise UsageError(f"{folder} was trained with other weights than those of --encoder "

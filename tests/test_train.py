@@ -971,6 +971,17 @@ def test_bad_input_is_refused_at_the_start(home, changes, message):
         start(INDEX, **changes)
 
 
+@pytest.mark.parametrize("changes, message", [
+    (dict(pos=129), "--pos can be at most 128"), (dict(init_from="runs/nope"), "runs/nope: there"),
+    (dict(encoder=["digits_encoder", "runs/nope"]), "runs/nope: there"),
+    (dict(patch_size=3), "--patch_size 3 does not divide"),
+    (dict(micro_batches=3), "must be divisible by")])
+def test_mistakes_are_said_before_an_encoder_is_trained(home, monkeypatch, changes, message):
+    monkeypatch.setattr(train, "train", None)
+    with pytest.raises(UsageError, match=message):
+        start(GENERATOR | dict(encoder="digits_encoder", out="runs/soon") | changes)
+
+
 def test_other_data_is_refused(home):
     start(GENERATOR, out="runs/other", steps=2)
     shutil.copytree("data/digits", "data/inverted")
