@@ -1,4 +1,4 @@
-"""Both losses, features, guidance and queue, against the authors' numbers, plain loops and closed forms."""
+"""Losses, features, guidance and queue, against the authors' numbers, plain loops, closed forms."""
 import numpy as np
 import pytest
 import torch
@@ -78,7 +78,7 @@ def test_many_iterations_with_few_targets_stay_finite():
 
 
 def test_closed_form_gradient_is_autograds():
-    """In float64 the two agree to rounding: nothing of V is in the gradient, and all of the loss."""
+    """In float64 the two agree to rounding: V is a constant in the gradient."""
     gen, pos, neg, weight = random_case(dtype=torch.float64)
     own = loss_and_grad(drift.drift_loss, gen, pos, neg, weight)
     plain = loss_and_grad(reference.drift_loss, gen, pos, neg, weight)
@@ -90,7 +90,7 @@ def test_closed_form_gradient_is_autograds():
 
 
 def test_far_from_the_origin_no_digits_are_lost():
-    """Features share offsets many times their spread: a plain Gram product in float32 is 100 times worse here."""
+    """Features share offsets many times their spread: a plain float32 Gram product loses digits."""
     args = random_case(offset=100.0)
     exact = loss_and_grad(reference.drift_loss, *(a.double() for a in args))[1]
     ours = relative_error(loss_and_grad(drift.drift_loss, *args)[1], exact)
@@ -111,19 +111,20 @@ def test_computed_in_float32_under_bfloat16():
 
 
 def test_nothing_moves_when_the_distributions_match():
-    """Anti-symmetry, on two independent draws of one distribution: a multiplier that breaks it makes a force of its own."""
+    """Two draws of one distribution; a multiplier breaks the anti-symmetry, and makes a force."""
     g = torch.Generator().manual_seed(0)
     gen, pos = torch.randn(2, 1, 2000, 2, generator=g)
 
     def force(pos, attraction=1.0):
-        return drift.drift_loss(gen, pos, temperatures=(0.2,), attraction=attraction)[1]["force_0.2"].item()
+        info = drift.drift_loss(gen, pos, temperatures=(0.2,), attraction=attraction)[1]
+        return info["force_0.2"].item()
 
     matched = force(pos)
     assert matched < 0.02 * force(pos + 0.5) and matched < 0.05 * force(pos, attraction=1.5)
 
 
 def test_attraction_and_repulsion_are_multipliers_of_their_terms():
-    """Written as a loop over samples: V = a sum_pos c (y - x) - r sum_neg c (y - x), for each kernel of Table 11."""
+    """A loop over samples: V = a sum_pos c (y - x) - r sum_neg c (y - x), for each kernel."""
     gen, pos, neg, weight = random_case(B=2, dtype=torch.float64)
     for kernel in drift.KERNELS:
         _, grad, info = loss_and_grad(drift.drift_loss, gen, pos, neg, weight, temperatures=(0.2,),
@@ -132,17 +133,27 @@ def test_attraction_and_repulsion_are_multipliers_of_their_terms():
         force = -grad * step * gen.numel() / 2  # the gradient of the mean loss is -2 V / numel
         expected = torch.zeros_like(gen)
         targets = torch.cat([gen, neg, pos], 1)
-        (B, G, _), U, N = gen.shape, neg.shape[1], targets.shape[1]
+        B, G, _ = gen.shape
+        U = neg.shape[1]
+        N = targets.shape[1]
         for b in range(B):
             w = [1.0] * G + weight[b].tolist() + [1.0] * pos.shape[1]
-            logit = torch.tensor([[-(gen[b, i] - targets[b, j]).norm().clamp_min(1e-4) / info["scale"] / 0.2
-                                   - (500 if i == j else 0) for j in range(N)] for i in range(G)], dtype=torch.float64)
-            k = logit.exp()
+            k = torch.zeros(G, N, dtype=torch.float64)
             for i in range(G):
-                square = {"both": lambda j: k[i, j] / k[i].sum() * k[i, j] / k[:, j].sum(),
-                          "targets": lambda j: (k[i, j] / k[i].sum()) ** 2, "none": lambda j: k[i, j] ** 2}[kernel]
-                A = [max(square(j), torch.tensor(1e-6, dtype=torch.float64)) ** 0.5 * w[j] for j in range(N)]
-                plus, minus = sum(A[G + U:]), sum(A[:G + U])
+                for j in range(N):
+                    if i != j:
+                        distance = (gen[b, i] - targets[b, j]).norm() / info["scale"]
+                        k[i, j] = (-distance / 0.2).exp()
+            for i in range(G):
+                A = []
+                for j in range(N):
+                    over_targets = k[i, j] / k[i].sum()
+                    over_samples = k[i, j] / k[:, j].sum()
+                    value = {"both": (over_targets * over_samples).sqrt(), "targets": over_targets,
+                             "none": k[i, j]}[kernel]
+                    A.append(max(value.item(), 1e-3) * w[j])
+                plus = sum(A[G + U:])
+                minus = sum(A[:G + U])
                 for j in range(N):
                     c = 1.5 * A[j] * minus if j >= G + U else -0.5 * A[j] * plus
                     expected[b, i] += c * (targets[b, j] - gen[b, i]) / step
@@ -153,7 +164,7 @@ def test_attraction_and_repulsion_are_multipliers_of_their_terms():
 
 
 def test_pieces_with_shared_sums_equal_the_whole():
-    """`reduce` adds up the sums of all pieces, as an all-reduce does: loss and gradient are those of one batch."""
+    """`reduce` adds up the sums of all pieces, as an all-reduce does: they train what one does."""
     args = random_case(B=8)
     whole, whole_grad, _ = loss_and_grad(drift.drift_loss, *args)
 
@@ -186,7 +197,12 @@ def test_pieces_with_shared_sums_equal_the_whole():
 def test_no_graph_over_the_pairs():
     gen, pos, neg, weight = random_case(G=64, P=64, U=16, C=4)
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+
+    def record(tensor):
+        saved.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         drift.drift_loss(gen.requires_grad_(), pos, neg, weight)[0].mean().backward()
     assert sum(shape.numel() for shape in saved) == gen.numel() + 1  # the force, and the unit
 
@@ -212,7 +228,8 @@ def test_targets_that_do_not_fit_are_refused():
                  (gen, pos, neg[:1], weight)]:
         with pytest.raises((ValueError, RuntimeError)):
             drift.drift_loss(*args)
-    for gen2, alpha in [(gen[:2], weight[:, 0]), (gen[..., :4], weight[:, 0]), (gen, weight[:1, 0])]:
+    alpha = weight[:, 0]
+    for gen2, alpha in [(gen[:2], alpha), (gen[..., :4], alpha), (gen, alpha[:1])]:
         with pytest.raises((ValueError, RuntimeError)):
             drift.sinkhorn_loss(gen, gen2, pos, neg, alpha)
     for options in (dict(iterations=0), dict(repelled_by="all")):
@@ -221,17 +238,20 @@ def test_targets_that_do_not_fit_are_refused():
 
 
 def test_locations_are_entries_of_their_own():
-    """Sum over features of the mean over labels and locations: a loop over locations gives the same."""
+    """Sum over features of the mean over labels and locations: as a loop over locations gives."""
     g = torch.Generator().manual_seed(0)
-    make = lambda n: {"a": torch.randn(2, n, 3, 5, generator=g), "b": torch.randn(2, n, 1, 4, generator=g)}  # noqa: E731
-    gen, pos, neg, alpha = make(4), make(6), make(2), torch.rand(2, generator=g) + 1
+    gen, pos, neg = ({"a": torch.randn(2, n, 3, 5, generator=g),
+                      "b": torch.randn(2, n, 1, 4, generator=g)} for n in (4, 6, 2))
+    alpha = torch.rand(2, generator=g) + 1
     total, losses, _ = drift.feature_loss("drifting", gen, None, pos, neg, alpha)
     weight = drift.unconditional_weight(alpha, 4, 2)
     assert total.item() == pytest.approx(sum(losses.values()).item())
     for name, f in gen.items():
-        T = f.shape[2]
-        entries = [torch.stack([x[name][l, :, t] for l in range(2) for t in range(T)]) for x in (gen, pos, neg)]
-        expected = reference.drift_loss(*entries, torch.stack([weight[l] for l in range(2) for _ in range(T)])).mean()
+        places = [(label, t) for label in range(2) for t in range(f.shape[2])]
+        entries = [torch.stack([x[name][label, :, t] for label, t in places])
+                   for x in (gen, pos, neg)]
+        weights = torch.stack([weight[label] for label, _ in places])
+        expected = reference.drift_loss(*entries, weights).mean()
         assert losses[name].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -245,12 +265,14 @@ def test_multi_scale_features_by_hand():
     assert np.allclose(features["m_std"][0, 0], np.sqrt(a[0].var((1, 2)) + 1e-6), atol=1e-6)
     patch = a[1, :, 2:4, 4:6]  # second row, third column of 2 x 2 patches
     assert np.allclose(features["m_mean_2"][1, 1 * 3 + 2], patch.mean((1, 2)), atol=1e-6)
-    assert np.allclose(features["m_std_2"][1, 1 * 3 + 2], np.sqrt(patch.var((1, 2)) + 1e-6), atol=1e-6)
+    std = np.sqrt(patch.var((1, 2)) + 1e-6)
+    assert np.allclose(features["m_std_2"][1, 1 * 3 + 2], std, atol=1e-6)
 
 
 @pytest.mark.parametrize("power", [1, 3, 5])
 def test_alpha_has_the_density_of_the_paper(power):
-    alpha = torch.from_numpy(drift.sample_alpha(200_000, power, 0.0, np.random.default_rng(0))).double()
+    alpha = drift.sample_alpha(200_000, power, 0.0, np.random.default_rng(0))
+    alpha = torch.from_numpy(alpha).double()
     assert alpha.min() >= 1 and alpha.max() <= 4
     x = torch.linspace(1, 4, 100_001, dtype=torch.float64)
     density = x**-power / torch.trapezoid(x**-power, x)
@@ -295,7 +317,7 @@ def test_no_mode_is_lost(experiment, field):
 
 
 def test_the_checkerboard_is_learned(tmp_path):
-    """Shortened: most samples lie in dark squares, all of which are populated; and its animation."""
+    """Shortened: most samples lie in dark squares, all of them populated; and its animation."""
     frames, forces = drift.toy_experiment("checkerboard", steps=480, n=128, real=256)
     numbers = drift.describe("checkerboard", frames[-1])
     assert numbers["in dark squares"] > 0.75 and numbers["emptiest of them"] > 0.05
@@ -312,5 +334,7 @@ def test_targets_are_what_their_descriptions_count():
     assert drift.describe("checkerboard", shifted)["in dark squares"] == 0
     modes = drift.describe("two_modes", drift.draw_target("two_modes", 4000, g))
     assert all(0.47 < share < 0.53 for share in modes.values())
-    assert drift.describe("swiss_roll", drift.draw_target("swiss_roll", 1000, g))["within 0.1 of the roll"] > 0.95
-    assert drift.describe("swiss_roll", 2 * torch.randn(1000, 2, generator=g))["within 0.1 of the roll"] < 0.4
+    roll = drift.describe("swiss_roll", drift.draw_target("swiss_roll", 1000, g))
+    assert roll["within 0.1 of the roll"] > 0.95
+    elsewhere = drift.describe("swiss_roll", 2 * torch.randn(1000, 2, generator=g))
+    assert elsewhere["within 0.1 of the roll"] < 0.4
