@@ -1157,7 +1157,7 @@ def keep_freed_memory():
     """Tell glibc not to give freed memory back to the system, which it would soon ask for again.
 
     On a CPU the pages of a step's tensors then appear once, and not in each step: the drift loss
-    takes 0.75 to 0.85 of the time, a step of `fashion` 0.9.
+    takes 0.6 to 0.85 of the time, a step of `fashion` 0.8 to 0.9.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # not on macOS
