@@ -1021,9 +1021,11 @@ def save_strip(out):
     files = sorted(out.glob("samples_*.png"))
     chosen = np.unique(np.linspace(0, len(files) - 1, 40).round().astype(int))
     pictures = [Image.open(files[i]) for i in chosen]
+    width = max(picture.width for picture in pictures)
+    height = max(picture.height for picture in pictures)
     frames = []
-    for picture in pictures:  # --show_reals may have come later: the others get a white margin
-        frame = Image.new("RGB", tuple(np.max([other.size for other in pictures], 0)), "white")
+    for picture in pictures:  # before --show_reals they lack a row: a white margin stands for it
+        frame = Image.new("RGB", (width, height), "white")
         frame.paste(picture)
         frame.thumbnail((1000, 1000))
         frames.append(frame)
