@@ -19,6 +19,11 @@ FIXTURES = ROOT / "tests" / "fixtures"
 # Of processes that tests start: their work is too small to be shared out.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+# Bounds are those of float32 on a CPU, and presets differ on a GPU: most tests must not see one.
+# `GPU_TESTS=1 python -m pytest tests -k gpu` runs those that want it.
+if not os.environ.get("GPU_TESTS"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and GPU_TESTS=1")
 sys.path.insert(0, str(ROOT))
 import model  # noqa: E402
 

@@ -6,13 +6,13 @@ from PIL import Image
 
 import drift
 import reference
-from conftest import FIXTURES, relative_error
+from conftest import FIXTURES, needs_gpu, relative_error
 
 
-def case(i, file):
+def case(i, file, device="cpu"):
     data = np.load(FIXTURES / file)
     names = [name for name in data.files if name.startswith(f"case{i}/")]
-    return {name.split("/")[1]: torch.from_numpy(data[name]) for name in names}
+    return {name.split("/")[1]: torch.from_numpy(data[name]).to(device) for name in names}
 
 
 def loss_and_grad(function, gen, *args, **options):
@@ -27,8 +27,8 @@ def loss_and_grad(function, gen, *args, **options):
 
 
 @pytest.mark.parametrize("i", range(4))  # 1: no negatives; 3: a generated sample twice
-def test_drift_loss_matches_the_release(i):
-    c = case(i, "drift_loss.npz")
+def test_drift_loss_matches_the_release(i, device="cpu"):
+    c = case(i, "drift_loss.npz", device)
     loss, grad, info = loss_and_grad(drift.drift_loss, c["gen"], c["pos"], c.get("neg"),
                                      c.get("weight_neg"))
     assert relative_error(loss, c["loss"]) < 1e-5
@@ -49,8 +49,8 @@ def random_case(B=3, G=6, P=5, U=4, C=8, offset=0.0, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("i", range(5))  # 3: no unconditionals; 4: samples that are real too
-def test_sinkhorn_loss_matches_the_release(i):
-    c = case(i, "sinkhorn_loss.npz")
+def test_sinkhorn_loss_matches_the_release(i, device="cpu"):
+    c = case(i, "sinkhorn_loss.npz", device)
     options = {name: c[name].item() for name in ("temperature", "iterations")}
     loss, grad, info = loss_and_grad(drift.sinkhorn_loss, c["gen"], c["gen2"], c["pos"],
                                      c.get("uncond"), c["cfg_scale"], **options)
@@ -59,6 +59,14 @@ def test_sinkhorn_loss_matches_the_release(i):
     assert info["scale"].item() == pytest.approx(c["scale"].item(), rel=1e-5)
     force = info[f"force_{options['temperature']}"].item()
     assert force == pytest.approx(c["mean_square"].item(), rel=1e-4)
+
+
+@needs_gpu
+def test_losses_match_the_release_on_a_gpu():
+    for i in range(4):
+        test_drift_loss_matches_the_release(i, "cuda")
+    for i in range(5):
+        test_sinkhorn_loss_matches_the_release(i, "cuda")
 
 
 def test_sinkhorn_without_unconditionals_has_no_guidance():

@@ -29,8 +29,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import fid
 import model
 import prepare_data
+import sample
 import train
-from conftest import ROOT, relative_error
+from conftest import ROOT, needs_gpu, relative_error
 from model import UsageError
 
 ENCODER = dict(
@@ -371,7 +372,7 @@ def test_networks_compile_without_graph_breaks():
     torch._dynamo.reset()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 @pytest.mark.parametrize("preset", ["digits", "digits_encoder"])
 def test_no_step_waits_for_the_gpu(preset):
     args = train.parse(["--preset", preset, "--dry_run"])
@@ -382,6 +383,21 @@ def test_no_step_waits_for_the_gpu(preset):
             run.update(run.stage.batch(step), step)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+def test_a_run_on_a_gpu(home, device="cuda"):
+    """The presets' defaults there, bfloat16 among them: encoder, generator, resumed, sampled."""
+    words = ["--preset", "digits", "--device", device, "--out", "runs/on_gpu", "--save_every", "2"]
+    encoder = ["--preset", "digits_encoder", "--device", device, "--steps", "4"]
+    train.main([*encoder, "--out", "runs/on_gpu_encoder"])
+    for steps in ("4", "6"):
+        train.main([*words, "--encoder", "runs/on_gpu_encoder", "--steps", steps])
+    lines = [json.loads(line) for line in open("runs/on_gpu/log.jsonl")]
+    assert lines[-1]["step"] == 6 and lines[-1]["skipped"] == 0
+    sample.main(["--ckpt", "runs/on_gpu", "--device", device, "--num_images", "10",
+                 "--out", "on_gpu.png"])
+    assert Path("on_gpu.png").is_file()
 
 
 # --------------------------------------------------------------------------------------------
