@@ -796,19 +796,15 @@ class Run:
         self.net.origin = {key: data.meta[key] for key in ("classes", "vae") if key in data.meta}
         self.emas = [copy.deepcopy(self.net).eval().requires_grad_(False) for _ in args.ema_decay]
         self.params = list(self.net.parameters())
-        # The paper's betas (Table 8). The fused kernel can leave a step out by itself, see
-        # `update`: whether to is known on the GPU, and nobody waits for the answer.
-        self.optimizer = torch.optim.AdamW(self.params, args.lr, (0.9, 0.95), eps=1e-8,
+        self.optimizer = torch.optim.AdamW(self.params, args.lr, (0.9, 0.95), eps=1e-8,  # Table 8
                                            weight_decay=args.weight_decay, fused=True)
-        self.skipped = torch.zeros(2, dtype=torch.long, device=args.device)  # in a row, in all
+        self.skipped = torch.zeros(2, dtype=torch.long)  # steps in a row, and in all
 
-    def update(self, batch, step, stop_asked=False):
-        """One step: gradients of all processes, clipped, AdamW, averages. It waits for no GPU.
+    def update(self, batch, step):
+        """One step: gradients of all processes, clipped, AdamW, averages.
 
-        Returns figures to log, figures by feature, and the step's status as Later: skipped steps
-        in a row, processes that were asked to stop, and for each process 0 to 3: 2 if its own
-        distances (or encoder's loss) were not finite, and 1 if its gradient was not, into which
-        others' sums have gone. The fault began where that is most.
+        A step that is not finite changes nothing, and the next one draws other samples. Returns
+        figures to log, and figures by feature.
         """
         args = self.args
         lr = learning_rate(step, args)
@@ -820,45 +816,28 @@ class Run:
 
         # The mean gradient of all processes. DistributedDataParallel would share gradients in the
         # backward pass; a step has as many of those as micro-batches, and losses that are shared.
-        status = torch.zeros(2 + world_size(), dtype=torch.float64, device=args.device)
-        status[0] = logs["loss"]
-        status[1].fill_(stop_asked)  # to assign a Python number would make a GPU wait
-        status[2 + get_rank()] = 2 * ~finite + ~own_norm.isfinite()
+        logs["loss"] = logs["loss"].double()
         if world_size() > 1:
-            for work in [dist.all_reduce(x, async_op=True) for x in (*grads, status)]:
+            for work in [dist.all_reduce(x, async_op=True) for x in (*grads, logs["loss"])]:
                 work.wait()
             torch._foreach_div_(grads, world_size())
-        logs["loss"] = status[0] / world_size()
+            logs["loss"] /= world_size()
         norm = torch.nn.utils.clip_grad_norm_(self.params, args.clip)  # that before clipping
 
-        skip = ~torch.isfinite(logs["loss"] + norm)  # the same on every process
-        self.skipped += skip
-        self.skipped[0] *= skip
-        self.optimizer.found_inf = skip.float()  # the fused kernel then changes nothing
-        self.optimizer.step()
+        self.skipped[0] += 1
+        if torch.isfinite(logs["loss"] + norm):  # the same on every process
+            self.skipped[0] = 0
+            self.optimizer.step()
+            # The averages' memory grows with the run: short ones too forget their first weights.
+            with torch.no_grad():
+                for decay, ema in zip(args.ema_decay, self.emas):
+                    new = 1 - min(decay, (step + 1) / (step + 10))
+                    torch._foreach_lerp_(list(ema.parameters()), self.params, new)
+        else:
+            self.skipped[1] += 1
+            explain_skip(args, step, by_feature, finite.item(), own_norm.isfinite().item())
         self.optimizer.zero_grad()
-        # The averages' memory grows with the run: short ones too forget their first weights.
-        with torch.no_grad():
-            for decay, ema in zip(args.ema_decay, self.emas):
-                new = 1 - min(decay, (step + 1) / (step + 10))
-                torch._foreach_lerp_(list(ema.parameters()), self.params, new)
-        status[0] = self.skipped[0]
-        return {"lr": lr, **logs, "norm": norm}, by_feature, Later(status)
-
-
-class Later:
-    """Numbers of a GPU. `read` waits for them alone, and not for the work queued since."""
-
-    def __init__(self, values):
-        self.copy = values.to("cpu", non_blocking=True)
-        self.ready = torch.cuda.Event() if values.is_cuda else None
-        if self.ready:
-            self.ready.record()
-
-    def read(self):
-        if self.ready:
-            self.ready.synchronize()
-        return self.copy.tolist()
+        return {"lr": lr, **logs, "norm": norm}, by_feature
 
 
 def main(argv=None):
@@ -964,16 +943,17 @@ def train(args, data, thread):
     began = logged_at = time.time()
     logged = start
     waited = 0
-    unread = None
     for step in progress:
         asked = time.time()
         batch = next(batches)
         waited += time.time() - asked
-        logs, by_feature, status = run.update(batch, step, stop.is_set())
+        logs, by_feature = run.update(batch, step)
         done = step + 1
-        # The step before is over by now: to read its status makes no GPU wait.
-        stopping = unread is not None and look_at(args, *unread)[1]
-        unread = (step, by_feature, status)
+        if run.skipped[0] >= 10:  # the weights themselves are the cause
+            give_up(f"step {done}: 10 steps in a row were not finite, and were skipped: lower --lr "
+                    "or raise --warmup, and run the same command. The last checkpoint is "
+                    f"{model.latest_checkpoint(out)}")
+        stopping = all_reduce(torch.tensor(int(stop.is_set()))).item()  # whoever was asked
 
         if done % args.log_every == 0 or done in (1, args.steps):
             # Of this step alone. `norm` is that before --clip. Generator: a row of `features` is
@@ -996,9 +976,7 @@ def train(args, data, thread):
         if eval_every and (done % eval_every == 0 or done == 1):
             evaluator(run.emas[0], done, 100 if done % eval_every else args.eval_images)
         if done % args.save_every == 0 or done == args.steps or stopping:
-            skipped, _ = look_at(args, *unread)
-            unread = None
-            if not skipped:
+            if run.skipped[0] == 0:
                 compare_weights(run)
                 on_all_ranks(save_checkpoint, run, done)
             elif done == args.steps:
@@ -1033,25 +1011,19 @@ def save_strip(out):
         frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=400, loop=0)
 
 
-def look_at(args, step, by_feature, status):
-    """Explain a step that was skipped. Returns skipped steps in a row, and whether to stop.
+def explain_skip(args, step, by_feature, finite, grad_finite):
+    """Say where a step was not finite: on which ranks, in which features.
 
-    A skipped step has changed nothing, and the next one draws other samples. After ten in a row
-    the weights themselves are the cause, and the run ends.
+    A rank's fault is 2 if its own distances (or encoder's loss) were not finite, and 1 if its
+    gradient was not, into which others' sums have gone. It began where that is most.
     """
-    in_a_row, stop_asked, *faults = status.read()
-    if in_a_row:
-        ranks = [rank for rank, fault in enumerate(faults) if fault == max(faults)]
-        losses = {name: row[0] for name, row in rounded(by_feature).items()}
-        worst = sorted(losses, key=lambda name: (math.isfinite(losses[name]), -losses[name]))[:3]
-        write_log(args, {"skipped_step": step + 1, "ranks": ranks, "worst_features": worst})
-        say(f"step {step + 1} skipped: loss or gradient is not finite, on rank(s) {ranks}; largest "
-            "losses: " + ", ".join(f"{name} {losses[name]}" for name in worst))
-    if in_a_row >= 10:
-        give_up(f"step {step + 1}: {in_a_row:.0f} steps in a row were not finite, and were "
-                "skipped: lower --lr or raise --warmup, and run the same command. "
-                f"The last checkpoint is {model.latest_checkpoint(args.out)}")
-    return in_a_row, stop_asked > 0
+    faults = gather(2 * (not finite) + (not grad_finite))
+    ranks = [rank for rank, fault in enumerate(faults) if fault == max(faults)]
+    losses = {name: row[0] for name, row in rounded(by_feature).items()}
+    worst = sorted(losses, key=lambda name: (math.isfinite(losses[name]), -losses[name]))[:3]
+    write_log(args, {"skipped_step": step + 1, "ranks": ranks, "worst_features": worst})
+    say(f"step {step + 1} skipped: loss or gradient is not finite, on rank(s) {ranks}; largest "
+        "losses: " + ", ".join(f"{name} {losses[name]}" for name in worst))
 
 
 def give_up(text):
@@ -1461,11 +1433,13 @@ def dry_run(args, data):
         flop_registry[on_cpu] = flop_registry[getattr(aten, name + end)]
     counter = FlopCounterMode(display=False)
     with counter, torch.compiler.set_stance("force_eager"):
-        run.update(run.stage.batch(0), 0)[2].read()
+        run.update(run.stage.batch(0), 0)
     if args.compile:
-        run.update(run.stage.batch(1), 1)[2].read()
+        run.update(run.stage.batch(1), 1)
     began = time.time()
-    run.update(run.stage.batch(2), 2)[2].read()
+    run.update(run.stage.batch(2), 2)
+    if args.device.startswith("cuda"):
+        torch.cuda.synchronize()
     seconds = time.time() - began
     flops = counter.get_total_flops()
     say(f"a step: {flops * world_size() / 1e12:.4g} TFLOP on {world_size()} process(es), "
