@@ -219,7 +219,6 @@ def add_generator_options(parser):
     add("--alpha_fixed", type=share, default=0.0, help="share of labels whose alpha is 1")
     add("--reals", choices=("queue", "index"), default="queue", help="positives from queues of the "
         "latest samples (the paper's), or from the whole class")
-    add("--push", type=positive_int, default=1024, help="samples pushed into queues a step")
     add("--flip", action="store_true", help="mirror real images at random")
     add("--show_reals", action="store_true", help="a first row of real images in pictures")
     add("--field", choices=drift.FIELDS, default="drifting", help="what moves the samples")
@@ -229,6 +228,9 @@ def add_generator_options(parser):
     add("--eval_ref", help="statistics, as --ref of fid.py (None: made of --data)")
     add("--eval_resize", choices=("tf1", "half"), default="tf1", help="resize for Inception")
     add("--eval_inception", help="weights of Inception (None: downloaded)")
+
+    add = parser.add_argument_group("reals queue").add_argument
+    add("--push", type=positive_int, default=1024, help="samples pushed into queues a step")
 
     add = parser.add_argument_group("field drifting").add_argument
     add("--kernel", choices=drift.KERNELS, default="both", help="normalisation (Table 11)")
@@ -254,7 +256,7 @@ def parse(argv):
     options = vars(args)
     for group in parser._action_groups:  # "stage generator" and "field sinkhorn" name their switch
         switch, value, *_ = group.title.split() + [""]
-        if switch in ("stage", "field") and options.get(switch) != value:
+        if switch in ("stage", "reals", "field") and options.get(switch) != value:
             for action in group._group_actions:
                 if action.option_strings[0] in given:
                     parser.error(f"{action.option_strings[0]} is read with --{switch} {value} only")
@@ -266,8 +268,6 @@ def parse(argv):
             if name in row and f"--{name}" not in given:
                 options[name] = math.ceil(row[name] * args.steps / row["steps"])
 
-    if args.stage == "generator" and args.reals == "index" and "--push" in given:
-        parser.error("--push is read with --reals queue only")
     for prefix, switch in (("eval_", "eval_every"), ("cls_", "cls_steps")):  # 0 switches all off
         for name in options.keys() - {switch}:
             if name.startswith(prefix) and f"--{name}" in given and options[switch] == 0:
@@ -373,7 +373,6 @@ class EncoderStage:
         self.encoder_digests = []
         self.mirrored = latents  # by choosing one of the stored views
         self.cropped = args.crop_scale < 1 and not latents
-        self.forward = torch.compile(self.net) if args.compile else self.net
 
     def batch(self, step, most=None):
         """Images or latents, labels and masks of this process, or of the first `most` of them."""
@@ -402,8 +401,7 @@ class EncoderStage:
         rows = []
         for part in split(batch, args.micro_batches):  # a mean: gradients of parts just add up
             with autocast(args):
-                _, logits, error, cross_entropy = self.forward(
-                    part["x"], part["mask"], part["labels"])
+                _, logits, error, cross_entropy = self.net(part["x"], part["mask"], part["labels"])
             error = error.mean()
             cross_entropy = cross_entropy.mean()
             loss = lam * cross_entropy + (1 - lam) * error
@@ -449,11 +447,9 @@ class GeneratorStage:
         # Its price: a forward pass of the generator and of the encoders, and its features.
         self.second = (args.field != "drifting"
                        and getattr(args, "repelled_by", "independent") == "independent")
-        self.forward = self.net
-        self.encode = [encoder.features for encoder in self.encoders]
         if args.compile:
-            self.forward = torch.compile(self.net)
-            self.encode = [torch.compile(encode) for encode in self.encode]
+            for encoder in self.encoders:
+                encoder.features = torch.compile(encoder.features)
         # Reals that are few and never change pass the encoders once: 1.3 times the steps a second.
         # They must be few, as their features take a hundred times their bytes and more.
         self.kept = None
@@ -525,8 +521,8 @@ class GeneratorStage:
         gen = self.args.gen
         noise, styles = (batch[name][:, first:first + gen] for name in ("noise", "styles"))
         with autocast(self.args):
-            x = self.forward(noise.flatten(0, 1), batch["labels"].repeat_interleave(gen),
-                             batch["alpha"].repeat_interleave(gen), styles.flatten(0, 1))
+            x = self.net(noise.flatten(0, 1), batch["labels"].repeat_interleave(gen),
+                         batch["alpha"].repeat_interleave(gen), styles.flatten(0, 1))
         return x.unflatten(0, (-1, gen))
 
     @torch.no_grad()
@@ -541,8 +537,8 @@ class GeneratorStage:
         features = {"global": rearrange(x, "n c h w -> n 1 (h w c)")}
         if self.args.pixel_encoder:  # of reals too: no latent has exactly their original as image
             x = self.vae.decode(x)
-        for encode in self.encode:
-            further = encode(x)
+        for encoder in self.encoders:
+            further = encoder.features(x)
             shared = features.keys() & further.keys()
             if shared:
                 raise UsageError(f"two of --encoder {' '.join(self.args.encoder)} name features "
@@ -792,6 +788,8 @@ class Run:
         if args.init_from:
             on_all_ranks(start_from, args.init_from, self.stage.net)
         self.net = self.stage.net.to(args.device).train()
+        if args.compile:
+            self.net.compile()
         # What names and pixels the weights belong to: sample.py reads it.
         self.net.origin = {key: data.meta[key] for key in ("classes", "vae") if key in data.meta}
         self.emas = [copy.deepcopy(self.net).eval().requires_grad_(False) for _ in args.ema_decay]
@@ -804,7 +802,9 @@ class Run:
         """One step: gradients of all processes, clipped, AdamW, averages.
 
         A step that is not finite changes nothing, and the next one draws other samples. Returns
-        figures to log, and figures by feature.
+        figures to log, figures by feature, and this process's fault: 2 if its own distances (or
+        encoder's loss) were not finite, and 1 if its gradient was not, into which others' sums
+        have gone.
         """
         args = self.args
         lr = learning_rate(step, args)
@@ -824,7 +824,6 @@ class Run:
             logs["loss"] /= world_size()
         norm = torch.nn.utils.clip_grad_norm_(self.params, args.clip)  # that before clipping
 
-        self.skipped[0] += 1
         if torch.isfinite(logs["loss"] + norm):  # the same on every process
             self.skipped[0] = 0
             self.optimizer.step()
@@ -834,10 +833,9 @@ class Run:
                     new = 1 - min(decay, (step + 1) / (step + 10))
                     torch._foreach_lerp_(list(ema.parameters()), self.params, new)
         else:
-            self.skipped[1] += 1
-            explain_skip(args, step, by_feature, finite.item(), own_norm.isfinite().item())
+            self.skipped += 1
         self.optimizer.zero_grad()
-        return {"lr": lr, **logs, "norm": norm}, by_feature
+        return {"lr": lr, **logs, "norm": norm}, by_feature, 2 * ~finite + ~own_norm.isfinite()
 
 
 def main(argv=None):
@@ -947,8 +945,10 @@ def train(args, data, thread):
         asked = time.time()
         batch = next(batches)
         waited += time.time() - asked
-        logs, by_feature = run.update(batch, step)
+        logs, by_feature, fault = run.update(batch, step)
         done = step + 1
+        if run.skipped[0]:
+            explain_skip(args, step, by_feature, fault)
         if run.skipped[0] >= 10:  # the weights themselves are the cause
             give_up(f"step {done}: 10 steps in a row were not finite, and were skipped: lower --lr "
                     "or raise --warmup, and run the same command. The last checkpoint is "
@@ -1011,13 +1011,9 @@ def save_strip(out):
         frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=400, loop=0)
 
 
-def explain_skip(args, step, by_feature, finite, grad_finite):
-    """Say where a step was not finite: on which ranks, in which features.
-
-    A rank's fault is 2 if its own distances (or encoder's loss) were not finite, and 1 if its
-    gradient was not, into which others' sums have gone. It began where that is most.
-    """
-    faults = gather(2 * (not finite) + (not grad_finite))
+def explain_skip(args, step, by_feature, fault):
+    """Say where a step was not finite: in which features, and on which ranks, by `Run.update`."""
+    faults = gather(fault.item())
     ranks = [rank for rank, fault in enumerate(faults) if fault == max(faults)]
     losses = {name: row[0] for name, row in rounded(by_feature).items()}
     worst = sorted(losses, key=lambda name: (math.isfinite(losses[name]), -losses[name]))[:3]

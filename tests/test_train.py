@@ -460,7 +460,6 @@ def test_steps_that_are_not_finite_are_skipped(home, monkeypatch, capsys):
     monkeypatch.setattr(train.GeneratorStage, "backward", spoil)
     options = GENERATOR | dict(out="runs/nan", save_every=1, cooldown=0)
     run = train.Run(parsed(options), prepare_data.Dataset("data/digits"))
-    Path("runs/nan").mkdir()
     before = [x.clone() for x in (*run.params, *run.emas[0].parameters())]
     run.update(run.stage.batch(3), 3)
     for old, new in zip(before, (*run.params, *run.emas[0].parameters()), strict=True):
@@ -1294,7 +1293,7 @@ def one_step(args, path):
 
     run = train.Run(args, prepare_data.Dataset(args.data))
     torch.nn.utils.clip_grad_norm_ = record
-    logs, _ = run.update(run.stage.batch(0), 0)
+    logs, _, _ = run.update(run.stage.batch(0), 0)
     torch.nn.utils.clip_grad_norm_ = clip
     if train.get_rank() == 0:
         torch.save({"loss": logs["loss"].item(), "grad": gradients[0]}, path)
