@@ -999,14 +999,10 @@ def save_strip(out):
     files = sorted(out.glob("samples_*.png"))
     chosen = np.unique(np.linspace(0, len(files) - 1, 40).round().astype(int))
     pictures = [Image.open(files[i]) for i in chosen]
-    width = max(picture.width for picture in pictures)
-    height = max(picture.height for picture in pictures)
-    frames = []
-    for picture in pictures:  # before --show_reals they lack a row: a white margin stands for it
-        frame = Image.new("RGB", (width, height), "white")
-        frame.paste(picture)
+    # Those of the last one's size: before --show_reals they lack a row.
+    frames = [picture for picture in pictures if picture.size == pictures[-1].size]
+    for frame in frames:
         frame.thumbnail((1000, 1000))
-        frames.append(frame)
     with model.whole_file(out / "samples.gif") as file:
         frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=400, loop=0)
 
@@ -1017,7 +1013,7 @@ def explain_skip(args, step, by_feature, fault):
     ranks = [rank for rank, fault in enumerate(faults) if fault == max(faults)]
     losses = {name: row[0] for name, row in rounded(by_feature).items()}
     worst = sorted(losses, key=lambda name: (math.isfinite(losses[name]), -losses[name]))[:3]
-    write_log(args, {"skipped_step": step + 1, "ranks": ranks, "worst_features": worst})
+    write_log(args, {"step": step + 1, "skipped_on_ranks": ranks, "worst_features": worst})
     say(f"step {step + 1} skipped: loss or gradient is not finite, on rank(s) {ranks}; largest "
         "losses: " + ", ".join(f"{name} {losses[name]}" for name in worst))
 
@@ -1132,17 +1128,9 @@ def begin(run, start):
             f"{args.steps}: the learning rate never reaches --lr")
     log = out / "log.jsonl"
     if log.exists():  # steps after the checkpoint are made again; the last line may be torn
-        lines = log.read_text().splitlines(keepends=True)
-        log.write_text("".join(line for line in lines if step_of(line) <= start))
-
-
-def step_of(line):
-    """The step of a line of log.jsonl; infinite if it is torn."""
-    try:
-        line = json.loads(line)
-    except ValueError:
-        return math.inf
-    return line.get("step", line.get("skipped_step", 0))
+        lines = [line for line in log.read_text().splitlines(keepends=True) if line[-2:] == "}\n"]
+        before = [line for line in lines if json.loads(line).get("step", 0) <= start]
+        log.write_text("".join(before))
 
 
 def write_log(args, line):
