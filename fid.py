@@ -33,11 +33,11 @@ from torch import nn
 from tqdm import tqdm
 
 from model import (MAE, UsageError, barrier, digest, get_rank, load_encoder, number, on_all_ranks,
-                   one_line, run_script, sha256, whole_file, world_size)
+                   run_script, sha256, whole_file, world_size)
 from prepare_data import (MAX_PIXELS, BrokenImage, CachedLatents, Dataset, natural, note,
                           open_source, reading, shortened, to_array)
-from sample import (HelpFormat, add_sampling_options, check_out, class_names, generate,
-                    load_networks, save_grid, to_uint8)
+from sample import (HelpFormat, add_sampling_options, check_out, generate, load_networks, save_grid,
+                    to_uint8)
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")
@@ -649,9 +649,8 @@ def command_eval(args, extractor):
 
 
 def json_line(row):
-    """NaN and infinite figures, which JSON does not know, become null."""
-    not_finite = [key for key, x in row.items() if isinstance(x, float) and not math.isfinite(x)]
-    return json.dumps(row | dict.fromkeys(not_finite), allow_nan=False)
+    """JSON, in which a number that is not finite is null: readers stop at NaN and Infinity."""
+    return json.dumps(json.loads(json.dumps(row), parse_constant=lambda name: None))
 
 
 def command_neighbours(args, extractor):
@@ -667,7 +666,7 @@ def command_neighbours(args, extractor):
     if shape != train.shape or generator.num_classes != train.num_classes:
         raise UsageError(f"{args.ckpt} makes {list(shape)} of {generator.num_classes} classes, "
                          f"{args.data} has {list(train.shape)} of {train.num_classes}")
-    names = class_names(generator)
+    names = generator.origin.get("classes")
     if names and names != train.meta["classes"]:
         raise UsageError(f"{args.ckpt} makes the classes {shortened(names)}, {args.data} has "
                          f"{shortened(train.meta['classes'])}")

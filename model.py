@@ -591,7 +591,7 @@ SD_VAE = "hf://stabilityai/sd-vae-ft-mse"  # what all --vae options mean by them
 VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 
 
-def load_vae(path=SD_VAE, device="cpu", chunk=16, compile=False):
+def load_vae(path=SD_VAE, device="cpu", chunk=16):
     """The SD-VAE (diffusers' AutoencoderKL) of a folder or the Hub, frozen; bfloat16 on a GPU.
 
     chunk: images in work at a time, which bounds the memory whatever their number: 2 GB an image
@@ -612,7 +612,7 @@ def load_vae(path=SD_VAE, device="cpu", chunk=16, compile=False):
     if net.config.scaling_factor != LATENT_SCALE:
         raise UsageError(f"{path}: its latents are scaled by {net.config.scaling_factor}, "
                          f"these models' by {LATENT_SCALE}")
-    vae = VAE(net, chunk, compile)
+    vae = VAE(net, chunk)
     vae.weights_file = weights
     on_gpu = torch.device(device).type == "cuda"
     return vae.to(device, torch.bfloat16 if on_gpu else torch.float32)
@@ -621,13 +621,11 @@ def load_vae(path=SD_VAE, device="cpu", chunk=16, compile=False):
 class VAE(nn.Module):
     """Images [n, 3, 8h, 8w] in [-1, 1] <-> latents [n, 4, h, w], `chunk` of them at a time."""
 
-    def __init__(self, net, chunk=16, compile=False):
+    def __init__(self, net, chunk=16):
         super().__init__()
         self.net = net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.chunk = chunk
         self.downsampling = 2 ** (len(net.config.block_out_channels) - 1)
-        if compile:
-            net.decoder.compile()
 
     def decode(self, latents):
         """Latents -> images in float32, about in [-1, 1]. Gradients pass through."""
@@ -816,11 +814,9 @@ def check_config(file, config, cls, state):
 def check_origin(file, origin, net):
     """Raises UsageError for what `Pretrained` does not write there."""
     sound = isinstance(origin, dict) and origin.keys() <= {"classes", "vae"}
-    if sound and "classes" in origin:
-        names = origin["classes"]
-        sound = isinstance(names, list) and len(names) == getattr(net, "num_classes", None)
-        sound = sound and all(isinstance(name, str) for name in names)
-    if not sound or not isinstance(origin.get("vae", ""), str):
+    names = origin.get("classes", []) if sound else []
+    sound = sound and isinstance(names, list) and len(names) in (0, getattr(net, "num_classes", 0))
+    if not sound or not all(isinstance(text, str) for text in [*names, origin.get("vae", "")]):
         raise UsageError(f"{file}: damaged, origin holds no names of classes and hash of a VAE")
 
 
@@ -901,9 +897,13 @@ def wflow_config(state):
         noise_coords=styles, n_cls_tokens=state["cls_embed"].shape[1])
 
 
+def checkpoints(run):
+    """Whole `step_*` folders of a run, newest first: what is being written has another name."""
+    return sorted(Path(run).glob("step_" + "[0-9]" * 8), reverse=True)
+
+
 def latest_checkpoint(run):
-    """The newest `step_*` folder of a run folder, or None."""
-    return max(Path(run).glob("step_" + "[0-9]" * 8), default=None)
+    return next(iter(checkpoints(run)), None)
 
 
 def find_files(path, forms):

@@ -251,12 +251,6 @@ def load_networks(args):
     return generator, vae
 
 
-def class_names(generator):
-    """Of the data that it was trained on; of the authors' artifacts and older checkpoints []."""
-    names = generator.origin.get("classes", [])
-    return names if len(names) == generator.num_classes else []
-
-
 def class_numbers(words, names, num_classes):
     """--classes as numbers. A name counts before a number; of folders 1 to 10 names alone do."""
     numbers = []
@@ -302,7 +296,7 @@ def main(argv=None):
     out = Path(args.out)
     on_all_ranks(check_out, out if out.suffix else out / "samples")
     generator, vae = load_networks(args)
-    names = class_names(generator)
+    names = generator.origin.get("classes", [])  # of older checkpoints and the authors' none
     classes = list(range(generator.num_classes))
     if args.classes:
         classes = on_all_ranks(class_numbers, args.classes, names, generator.num_classes)

@@ -737,10 +737,14 @@ def frozen(net, args):
 def open_vae(args, data):
     """The VAE, which must be the one that made the data's latents. Raises UsageError."""
     if args.dry_run:
-        return frozen(random_vae(args), args)
-    vae = model.load_vae(args.vae, args.device, args.vae_chunk, args.compile)
-    if data.meta.get("vae", sha256(vae.weights_file)) != sha256(vae.weights_file):
-        raise UsageError(f"--vae {args.vae} is not the VAE that made the latents of {args.data}")
+        vae = random_vae(args)
+    else:
+        vae = model.load_vae(args.vae, args.device, args.vae_chunk)
+        if data.meta.get("vae", sha256(vae.weights_file)) != sha256(vae.weights_file):
+            raise UsageError(f"--vae {args.vae} is not the VAE that made the latents of "
+                             f"{args.data}")
+    if args.compile:
+        vae.net.decoder.compile()
     return frozen(vae, args)
 
 
@@ -1134,14 +1138,10 @@ def begin(run, start):
 
 
 def write_log(args, line):
-    """Append a line to log.jsonl, in which a number that is not finite is null.
-
-    Python would write NaN and Infinity, at which readers of JSON stop.
-    """
+    """Append a line to log.jsonl."""
     if get_rank() == 0:
-        line = json.loads(json.dumps(line), parse_constant=lambda name: None)
         with open(Path(args.out) / "log.jsonl", "a") as log:
-            log.write(json.dumps(line) + "\n")
+            log.write(fid.json_line(line) + "\n")
 
 
 def memory_gb(device):
@@ -1232,7 +1232,7 @@ def save_checkpoint(run, step):
         for place, ema in zip(ema_folders(folder, args.ema_decay), run.emas):
             ema.save_pretrained(place)
         save_file(state, folder / "train_state.safetensors", metadata)
-    for old in checkpoints(out)[2:]:
+    for old in model.checkpoints(out)[2:]:
         shutil.rmtree(old)
 
 
@@ -1307,7 +1307,7 @@ def whole_checkpoint(out):
     """The newest checkpoint that is as it was written, or None. A damaged one is set aside."""
     if get_rank() > 0:
         return None
-    for folder in checkpoints(out):
+    for folder in model.checkpoints(out):
         try:
             sums = read_sums(folder)
             names = {"model.safetensors", "train_state.safetensors", *sums}
@@ -1324,11 +1324,6 @@ def whole_checkpoint(out):
         raise UsageError(f"{out} holds damaged checkpoints only: remove them, and the run starts "
                          "at step 0")
     return None
-
-
-def checkpoints(out):
-    """Folders of whole checkpoints, newest first: what is being written has another name."""
-    return sorted(out.glob("step_" + "[0-9]" * 8), reverse=True)
 
 
 def ema_folders(folder, decays):
@@ -1395,7 +1390,7 @@ def random_vae(args):
     net = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2,
                         down_block_types=("DownEncoderBlock2D",) * 4,
                         up_block_types=("UpDecoderBlock2D",) * 4)
-    return model.VAE(net, args.vae_chunk, args.compile)
+    return model.VAE(net, args.vae_chunk)
 
 
 def dry_run(args, data):

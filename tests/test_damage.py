@@ -180,7 +180,7 @@ def read(file):
         return [reference[key] for key in ("mu", "sigma", "real", "size")]
     if file.parent.name in ("flax", "ours"):
         net = model.load_generator(file.parent)
-        return [sample.generate(net, [0, 2], [0, 1], 1.5), len(sample.class_names(net))]
+        return [sample.generate(net, [0, 2], [0, 1], 1.5), len(net.origin.get("classes", []))]
     if file.name == "meta.json":
         data = prepare_data.Dataset(file.parent.parent)
         with contextlib.suppress(UsageError):  # of other images
