@@ -591,13 +591,17 @@ SD_VAE = "hf://stabilityai/sd-vae-ft-mse"  # what all --vae options mean by them
 VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 
 
-def load_vae(path=SD_VAE, device="cpu", chunk=16):
+def load_vae(path=SD_VAE, device="cpu", chunk=16, wanted=None):
     """The SD-VAE (diffusers' AutoencoderKL) of a folder or the Hub, frozen; bfloat16 on a GPU.
 
     chunk: images in work at a time, which bounds the memory whatever their number: 2 GB an image
-    where gradients are kept, 0.2 GB where not. Raises UsageError for what is no such VAE.
+    where gradients are kept, 0.2 GB where not. wanted: sha256 of the weights that made the latents
+    at hand. Raises UsageError for what is no such VAE.
     """
     weights = find_files(path, (VAE_FILES, ("config.json", "diffusion_pytorch_model.bin")))[1]
+    if wanted not in (None, sha256(weights)):
+        raise UsageError(f"--vae {path} is not the VAE that made the latents here: its sha256 is "
+                         f"{sha256(weights)}, that of theirs {wanted}")
     from diffusers import AutoencoderKL  # takes three seconds: only who decodes waits for it
     from diffusers.utils import logging
     logging.set_verbosity_error()

@@ -232,22 +232,14 @@ def add_sampling_options(parser, required):
 
 
 def load_networks(args):
-    """The generator of --ckpt, and the decoder of --vae if it makes latents, else None.
-
-    Raises UsageError for another VAE than that of the latents which the generator was trained on.
-    """
+    """The generator of --ckpt, and the decoder of --vae if it makes latents, else None."""
     for alpha in args.cfg_scale:
         if not 1 <= alpha <= 4:
             note(f"warning: training saw guidance of 1 to 4 alone, not --cfg_scale {alpha:g}")
     generator = load_generator(args.ckpt, not args.no_converted_copy).to(args.device)
     vae = None
     if generator.out_channels not in (1, 3):
-        vae = load_vae(args.vae, args.device, args.vae_chunk)
-        given = sha256(vae.weights_file)
-        wanted = generator.origin.get("vae", given)
-        if wanted != given:
-            raise UsageError(f"--vae {args.vae}: {args.ckpt} makes latents of another VAE, of "
-                             f"sha256 {wanted}, not {given}")
+        vae = load_vae(args.vae, args.device, args.vae_chunk, generator.origin.get("vae"))
     return generator, vae
 
 

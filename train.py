@@ -739,10 +739,7 @@ def open_vae(args, data):
     if args.dry_run:
         vae = random_vae(args)
     else:
-        vae = model.load_vae(args.vae, args.device, args.vae_chunk)
-        if data.meta.get("vae", sha256(vae.weights_file)) != sha256(vae.weights_file):
-            raise UsageError(f"--vae {args.vae} is not the VAE that made the latents of "
-                             f"{args.data}")
+        vae = model.load_vae(args.vae, args.device, args.vae_chunk, data.meta.get("vae"))
     if args.compile:
         vae.net.decoder.compile()
     return frozen(vae, args)
@@ -1220,11 +1217,9 @@ def save_checkpoint(run, step):
     args = run.args
     out = Path(args.out)
     state = {"bad_steps": run.skipped}
-    for name, tensor in run.net.state_dict().items():
-        state[f"net.{name}"] = tensor.contiguous()
+    state |= {f"net.{name}": tensor for name, tensor in run.net.state_dict().items()}
     for i, slots in run.optimizer.state_dict()["state"].items():
-        for key, value in slots.items():
-            state[f"optimizer.{i}.{key}"] = value.contiguous()
+        state |= {f"optimizer.{i}.{key}": tensor for key, tensor in slots.items()}
     metadata = {"step": str(step), "options": json.dumps(vars(args)),
                 "data": run.stage.data.fingerprint(),
                 "encoders": json.dumps(run.stage.encoder_digests)}
@@ -1282,8 +1277,9 @@ def load_checkpoint(run, folder):
         raise UsageError(f"{folder} has no averages of --ema_decay {args.ema_decay}: resume with "
                          f"{before['ema_decay']}")
     state = load_file(file, device=args.device)
+    net = {name[4:]: tensor for name, tensor in state.items() if name.startswith("net.")}
     try:
-        run.net.load_state_dict(part_of(state, "net."))
+        run.net.load_state_dict(net)
         for decay, ema in zip(args.ema_decay, run.emas):
             ema.load_state_dict(load_file(places[decay] / "model.safetensors", args.device))
     except RuntimeError as error:
@@ -1293,12 +1289,11 @@ def load_checkpoint(run, folder):
     if encoders is not None and encoders != run.stage.encoder_digests:
         raise UsageError(f"{folder} was trained with other weights than those of --encoder "
                          f"{' '.join(args.encoder)} now; choose another --out")
-    slots = {}
-    for name, value in part_of(state, "optimizer.").items():
-        i, key = name.split(".")
-        # The fused kernel wants the moments on the device, not as views of a file, the count there.
-        slots.setdefault(int(i), {})[key] = value.cpu() if key == "step" else value.clone()
-    run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": slots})
+    optimizer = run.optimizer.state_dict()
+    for i in range(len(run.params)):
+        optimizer["state"][i] = {key: state[f"optimizer.{i}.{key}"].clone()  # not views of a file
+                                 for key in ("step", "exp_avg", "exp_avg_sq")}
+    run.optimizer.load_state_dict(optimizer)
     run.skipped.copy_(state["bad_steps"])
     return int(metadata["step"])
 
@@ -1329,12 +1324,6 @@ def whole_checkpoint(out):
 def ema_folders(folder, decays):
     """Where each average lies. The first is what sample.py and others load of a checkpoint."""
     return [folder, *(folder / f"ema_{decay}" for decay in decays[1:])]
-
-
-def part_of(state, prefix):
-    """The tensors whose names begin with the prefix, without it."""
-    return {name.removeprefix(prefix): value for name, value in state.items()
-            if name.startswith(prefix)}
 
 
 def sync(path):
