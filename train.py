@@ -9,6 +9,10 @@
 OUT/ gets step_*/ (EMA weights that sample.py and others load, and what resuming needs), pictures
 samples_*.png, log.jsonl and options.json. The same command again resumes. What a step draws
 depends on (seed, step) alone, whatever the number of processes and micro-batches.
+
+In order: presets and options; the two stages, of which `GeneratorStage.batch`, `loss` and
+`backward` are the method; the loop, `Run.update` and `train`; then what it needs beside: log,
+evaluation, checkpoints, the dry run.
 """
 import argparse
 import contextlib
@@ -199,6 +203,7 @@ def build_parser(preset=None):
 
 
 def add_generator_options(parser):
+    """Those of the stage generator, of the queues it draws from, and of the two fields."""
     add = parser.add_argument_group("stage generator (A.8)").add_argument
     add("--encoder", nargs="+", help="whose features samples drift in, one or several: a run, "
         "checkpoint, artifact, hf://..., or a preset (then runs/PRESET, trained if missing)")
@@ -476,6 +481,7 @@ class GeneratorStage:
         for slot in slots:
             rng = np.random.default_rng([args.seed, step, slot])
             random = stream(rng.integers(1 << 63), args.device)
+            # Each label has its own alpha, by which all its samples are conditioned (A.8).
             fixed = args.alpha_fixed if args.uncond else 1  # no guidance without unconditionals
             alpha = drift.sample_alpha(1, args.alpha_power, fixed, rng)
             count = args.gen * (2 if self.second else 1)
@@ -517,7 +523,10 @@ class GeneratorStage:
         self.queue.push(ids, self.data.labels[ids])
 
     def generate(self, batch, first=0):
-        """Samples [labels, G, c, h, w] of each label's noise and styles from number `first` on."""
+        """Samples [labels, G, c, h, w] of each label's noise and styles from number `first` on.
+
+        One forward pass, as in sampling: it is the training that moves samples in many steps.
+        """
         gen = self.args.gen
         noise, styles = (batch[name][:, first:first + gen] for name in ("noise", "styles"))
         with autocast(self.args):
@@ -550,12 +559,15 @@ class GeneratorStage:
         """`drift.feature_loss` of samples x and the second ones, [labels, G, c, h, w]."""
         args = self.args
         gen = self.features(x)
+        # Gradients reach samples through their own features alone: all else is where they are
+        # pulled to or pushed from, and stands still in the loss (3.3).
         with torch.no_grad():
             gen2 = None if second is None else self.features(second)
             if self.kept is None:
                 reals = self.features(batch["reals"])
             else:
                 reals = {name: f[batch["ids"], 0] for name, f in self.kept.items()}
+        # As `batch` drew them: the label's own first, then those of any class.
         pos = {name: f[:, :args.pos] for name, f in reals.items()}
         uncond = {name: f[:, args.pos:] for name, f in reals.items()}
         options = {name: getattr(args, name) for name in FIELD_OPTIONS.get(args.field, ())}
@@ -1158,7 +1170,8 @@ def say(text):
     """A line of rank 0. A run outlives who reads its lines, as `| head` does not."""
     if get_rank() == 0:
         try:
-            print(text, flush=True)
+            with tqdm.external_write_mode():  # above a progress bar, not into it
+                print(text, flush=True)
         except BrokenPipeError:
             sys.stdout = open(os.devnull, "w")
 
