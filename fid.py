@@ -674,7 +674,11 @@ def command_neighbours(args, extractor):
             "generated": (fake, np.arange(args.num_images or 1000) % train.num_classes)}
     test = Path(args.data, "test")
     if test.is_dir():
-        sets["held out"] = (open_images(test)[1], Dataset(args.data, "test").labels)
+        held_out = Dataset(args.data, "test")
+        if held_out.shape != train.shape:
+            raise UsageError(f"{test} holds {list(held_out.shape)}, not {list(train.shape)} as "
+                             "the images to train on: remove it, or prepare both anew")
+        sets["held out"] = (open_images(test)[1], held_out.labels)
     rows = {}
     for name, (read, labels) in sets.items():
         rows[name] = gather_features(read, range(len(labels)), extractor, args.batch_size)

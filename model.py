@@ -15,6 +15,7 @@ import json
 import math
 import mmap
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -589,6 +590,7 @@ class Bottleneck(nn.Module):
 LATENT_SCALE = 0.18215  # latents are this times the VAE's, so that their variance is about 1
 SD_VAE = "hf://stabilityai/sd-vae-ft-mse"  # what all --vae options mean by themselves
 VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
+VAE_FORMS = (VAE_FILES, ("config.json", "diffusion_pytorch_model.bin"))
 
 
 def load_vae(path=SD_VAE, device="cpu", chunk=16, wanted=None):
@@ -598,7 +600,7 @@ def load_vae(path=SD_VAE, device="cpu", chunk=16, wanted=None):
     where gradients are kept, 0.2 GB where not. wanted: sha256 of the weights that made the latents
     at hand. Raises UsageError for what is no such VAE.
     """
-    weights = find_files(path, (VAE_FILES, ("config.json", "diffusion_pytorch_model.bin")))[1]
+    weights = find_files(path, VAE_FORMS)[1]
     if wanted not in (None, sha256(weights)):
         raise UsageError(f"--vae {path} is not the VAE that made the latents here: its sha256 is "
                          f"{sha256(weights)}, that of theirs {wanted}")
@@ -840,7 +842,13 @@ def read_weights(file):
             return stack_styles(state)
         loaded = torch.load(file, map_location="cpu", weights_only=True)
         loaded = loaded.get("state_dict", loaded)
+        others = [name for name, value in loaded.items() if not torch.is_tensor(value)]
+        if others:
+            raise ValueError(f"{str(others[0]):.40} is no tensor: save a state_dict alone")
         return {str(name): tensor.detach() for name, tensor in loaded.items()}
+    except pickle.UnpicklingError as error:
+        raise UsageError(f"{file}: damaged, or no weights, or objects beside them, which would be "
+                         "code to run: save a state_dict alone") from error
     except Exception as error:  # each has many kinds for bytes that are not what they should be
         raise UsageError(f"{file}: damaged, or no weights ({one_line(error)})") from error
 

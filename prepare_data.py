@@ -821,7 +821,8 @@ def check_meta(folder, meta):
         other = [key for key in meta if before.get(key, meta[key]) != meta[key]]
     if other:
         raise UsageError(f"{folder} is of other images or options, by their {', '.join(other)}: "
-                         "remove it, or choose another folder (--out of prepare_data.py)")
+                         f"remove {folder.parent}, or choose another folder (--out of "
+                         "prepare_data.py)")
 
 
 def begin(partial, meta, size, sums):

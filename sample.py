@@ -56,7 +56,8 @@ def generate(generator, labels, indices, cfg_scale=1.0, temperature=1.0, seed=0,
                 x = vae.decode(x)
             images.append(x.cpu())
             if not images[-1].isfinite().all():
-                raise UsageError("the generator or decoder gives NaN or Inf: damaged weights?")
+                raise UsageError("the generator or decoder gives NaN or Inf: damaged weights, or "
+                                 "a run that diverged")
     return torch.cat(images)
 
 
@@ -237,6 +238,8 @@ def load_networks(args):
         if not 1 <= alpha <= 4:
             note(f"warning: training saw guidance of 1 to 4 alone, not --cfg_scale {alpha:g}")
     generator = load_generator(args.ckpt, not args.no_converted_copy).to(args.device)
+    if generator.num_classes == 1 and args.cfg_scale != [1.0]:
+        note("warning: a generator of one class: guidance means nothing")
     vae = None
     if generator.out_channels not in (1, 3):
         vae = load_vae(args.vae, args.device, args.vae_chunk, generator.origin.get("vae"))

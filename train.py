@@ -676,6 +676,8 @@ def check_generator(args, data):
     if args.pixel_encoder and not latents or args.crop_scale < 1 and latents:
         raise UsageError(f"{args.data} holds {data.meta['kind']}: --pixel_encoder is for "
                          "latents, --crop_scale for pixels")
+    if data.num_classes == 1 and args.uncond:
+        say("one class: guidance and its alpha mean nothing, and --uncond 0 saves its price")
     if data.meta.get("views") == "crops":
         raise UsageError(f"{args.data} holds crops, for encoders: make latents without --crops")
     if data.shape[1] % args.patch_size:
@@ -798,7 +800,7 @@ class Run:
         self.args = args
         torch.manual_seed(args.seed)  # of initial weights; a step has random numbers of its own
         self.stage = on_all_ranks(STAGES[args.stage], args, data)
-        if args.init_from:
+        if args.init_from and not model.latest_checkpoint(args.out):
             on_all_ranks(start_from, args.init_from, self.stage.net)
         self.net = self.stage.net.to(args.device).train()
         if args.compile:
@@ -877,9 +879,14 @@ def main(argv=None):
     if args.dry_run:
         return dry_run(args, data)
     encoders = getattr(args, "encoder", [])
-    for name in [*encoders, args.init_from]:  # they must be there, before an encoder is trained
-        if name and name not in PRESETS:
+    # What else is needed must be there, before an encoder is trained.
+    for name in encoders:
+        if name not in PRESETS:
             on_all_ranks(model.find_files, name, model.MODEL_FILES)
+    if args.init_from and not model.latest_checkpoint(args.out):
+        on_all_ranks(model.find_files, args.init_from, model.MODEL_FILES)
+    if args.stage == "generator" and data.meta["kind"] == "latents":
+        on_all_ranks(model.find_files, args.vae, model.VAE_FORMS)
     for i, name in enumerate(encoders):
         if name in PRESETS:  # trained first, unless its run is there
             words = ["--preset", name, "--device", args.device, "--seed", str(args.seed)]
@@ -965,7 +972,7 @@ def train(args, data, thread):
         if run.skipped[0] >= 10:  # the weights themselves are the cause
             give_up(f"step {done}: 10 steps in a row were not finite, and were skipped: lower --lr "
                     "or raise --warmup, and run the same command. The last checkpoint is "
-                    f"{model.latest_checkpoint(out)}")
+                    f"{model.latest_checkpoint(out) or 'yet to come'}")
         stopping = all_reduce(torch.tensor(int(stop.is_set()))).item()  # whoever was asked
 
         if done % args.log_every == 0 or done in (1, args.steps):
@@ -981,9 +988,13 @@ def train(args, data, thread):
             progress.set_postfix_str(f"loss {logs['loss']:.3f}")
             logged, logged_at = done, now
         if get_rank() == 0 and (done % args.sample_every == 0 or done in (1, args.steps)):
-            with torch.no_grad():
-                images, columns, names = run.stage.preview(run.emas[0])
-            sample.save_grid(images, columns, out / f"samples_{done:08d}.png", names=names)
+            try:
+                with torch.no_grad():
+                    images, columns, names = run.stage.preview(run.emas[0])
+            except UsageError as error:  # the steps to come will not be finite, and say more
+                say(f"step {done} has no picture: {error}")
+            else:
+                sample.save_grid(images, columns, out / f"samples_{done:08d}.png", names=names)
         # Before the checkpoint: where an evaluation is interrupted, the same command goes on from
         # the checkpoint before and makes it. The first is of few images, to fail at once if at all.
         if eval_every and (done % eval_every == 0 or done == 1):
@@ -1133,7 +1144,9 @@ def begin(run, start):
         f"{list(data.shape)} of {data.num_classes} classes, {world_size()} process(es), from step "
         f"{start} to {args.steps}")
     defaults = vars(build_parser().parse_args([]))
-    changed = [f"--{name} {value}" for name, value in vars(args).items() if value != defaults[name]]
+    fitted = [name for name, value in PRESETS.get(args.preset, {}).items() if value is None]
+    changed = [f"--{name} {value}" for name, value in vars(args).items()
+               if value != defaults[name] or name in fitted]
     say("options that are not the defaults: " + " ".join(changed))
     (out / "options.json").write_text(json.dumps(vars(args), indent=1))
     if args.warmup + args.cooldown > args.steps + 1:
@@ -1361,7 +1374,8 @@ class RandomData(prepare_data.Dataset):
 
     def __init__(self, folder):
         if Path(folder).name not in SHAPES:
-            raise UsageError(f"--dry_run knows {', '.join(SHAPES)}, and not what {folder} holds")
+            raise UsageError(f"--dry_run knows {', '.join(SHAPES)}, and not what {folder} holds: "
+                             "give the one that is nearest as --data")
         kind, self.shape, classes = SHAPES[Path(folder).name]
         self.meta = {"kind": kind, "classes": [str(c) for c in range(classes)]}
         self.count = np.full(classes, 1281)

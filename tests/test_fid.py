@@ -656,6 +656,14 @@ def test_latents_are_decoded(command, run, monkeypatch):
         command("neighbours --ckpt animals --data digits --features pixels")
 
 
+def test_neighbours_of_splits_of_two_sizes(run, tmp_path):
+    prepare_data.prepare("digits", tmp_path / "small", 4)
+    shutil.copytree(run / "digits/train", tmp_path / "mixed/train")
+    shutil.copytree(tmp_path / "small/test", tmp_path / "mixed/test")
+    with pytest.raises(model.UsageError, match="mixed/test holds .1, 4, 4., not .1, 8, 8. as the"):
+        fid.main(f"neighbours --ckpt {run}/gen --data {tmp_path}/mixed --features pixels".split())
+
+
 def test_neighbours_figures_by_hand(run, monkeypatch, capsys):
     """The three figures in pixel space, written out as loops in NumPy."""
     monkeypatch.chdir(run)

@@ -1,5 +1,6 @@
 """The networks give the authors' numbers with the authors' weights, the real files' forms load, and
 what does not fit is refused in one line."""
+import argparse
 import json
 import os
 import pickle
@@ -827,7 +828,8 @@ def test_resnet50_as_we_save_it_and_at_the_images_own_size(tmp_path, resnet_stat
 @pytest.mark.parametrize("content, message", [
     ({**numbered("online."), **numbered("target.")}, "holds several networks"),
     ({**PLAIN, "layer1.0.conv4.weight": torch.zeros(3)}, "Unexpected key.*layer1.0.conv4.weight"),
-    ({"student": PLAIN, "teacher": PLAIN}, "damaged, or no weights"),
+    ({"student": PLAIN, "teacher": PLAIN}, "student is no tensor: save a state_dict alone"),
+    ({**PLAIN, "options": argparse.Namespace()}, "objects beside them, .* save a state_dict alone"),
     ([1, 2], "damaged, or no weights")])
 def test_resnet50_files_that_hold_something_else_are_one_line(tmp_path, content, message):
     torch.save(content, tmp_path / "net.pth.tar")

@@ -319,7 +319,7 @@ def test_another_vae_than_that_of_training_is_refused(vae_folder, tmp_path):
     run(*command)
     net.origin = {"vae": "0" * 64}
     net.save_pretrained(tmp_path / "g")
-    with pytest.raises(UsageError, match="is not the VAE that made the latents.* of theirs 000000000000"):
+    with pytest.raises(UsageError, match="VAE that made the latents.* of theirs 0000"):
         run(*command)
 
 

@@ -492,6 +492,15 @@ def test_steps_that_are_not_finite_are_skipped(home, monkeypatch, capsys):
     assert skipped[1]["worst_features"][0] == "layer1_mean"
 
 
+def test_a_run_that_diverges_at_once(home, capsys):
+    """Its averages give no picture: said, and explained by the steps after."""
+    with pytest.raises(UsageError, match="10 steps in a row.*The last checkpoint is yet to come"):
+        start(GENERATOR, out="runs/diverged", lr=1e30, warmup=0, steps=30, save_every=100)
+    said = capsys.readouterr().out
+    assert "step 1 has no picture: the generator or decoder gives NaN" in said
+    assert "step 2 skipped" in said
+
+
 def test_the_log_explains_a_run(home):
     """Losses and forces by feature, seconds a step, memory."""
     start(GENERATOR, out="runs/logged", steps=2)
@@ -883,6 +892,15 @@ def test_init_from_a_model_of_other_classes(home, tmp_path, capsys):
             else:
                 assert torch.equal(tensor, source[name]), name
         assert f"{anew}weight starts anew: runs/{kind} has" in capsys.readouterr().out
+
+    # A resumed run has its own weights, and needs those no more.
+    shutil.copytree("runs/g", "runs/source")
+    tuned = GENERATOR | dict(init_from="runs/source", out="runs/tuned", cooldown=0)
+    start(tuned, steps=3)
+    shutil.rmtree("runs/source")
+    start(tuned, steps=4)
+    with pytest.raises(UsageError, match="runs/source"):
+        start(tuned, out="runs/tuned_again")
 
 
 # --------------------------------------------------------------------------------------------
