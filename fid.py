@@ -739,7 +739,8 @@ def parse(argv=None):
         ".npz with arr_0; beside --ref for precision and recall alone")
     add("--num_images", type=number(int, least=10), help="images to score (None: 50000, "
         "or all of --images, or 1000 for neighbours); figures of fewer are worse")
-    add("--features", default="inception", help="inception (FID), pixels or encoder:CKPT (FD)")
+    add("--features", default="inception", help="inception (FID), pixels, or encoder:CKPT of a "
+        "ResNet-MAE (FD)")
     add("--inception", help="file of Inception's weights (None: downloaded)")
     add("--resize", choices=("tf1", "half"), default="tf1", help="tf1: as ADM; half: as the paper")
     add("--out", help="the .npz of ref or the picture of neighbours (None: neighbours.png)")

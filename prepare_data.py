@@ -495,7 +495,8 @@ def with_class(path, prefix, names):
     if not all(folders.values()) or len(below) > 1 or (below != {()} and not prefix):
         name = next(name for name, parents in folders.items() if len(parents) != 1)
         raise UsageError(f"{path}: which folders are the classes? They must be at the top, and "
-                         f"hold images and no folders; {name} is elsewhere")
+                         f"hold images and no folders; {name} is elsewhere. Give, or zip, the "
+                         "folder that holds the classes")
     return [(parents[0], name) for name, parents in folders.items()]
 
 

@@ -206,7 +206,7 @@ def add_generator_options(parser):
     """Those of the stage generator, of the queues it draws from, and of the two fields."""
     add = parser.add_argument_group("stage generator (A.8)").add_argument
     add("--encoder", nargs="+", help="whose features samples drift in, one or several: a run, "
-        "checkpoint, artifact, hf://..., or a preset (then runs/PRESET, trained if missing)")
+        "checkpoint, artifact, hf://..., or a preset (then its run, trained to its end first)")
     add("--encoder_size", type=positive_int, help="side to which a ResNet50 or ConvNeXt-V2 gets "
         "images resized (None: 224)")
     add("--pixel_encoder", action="store_true", help="decode a generator's latents for an encoder "
