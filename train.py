@@ -677,7 +677,7 @@ def check_generator(args, data):
         raise UsageError(f"{args.data} holds {data.meta['kind']}: --pixel_encoder is for "
                          "latents, --crop_scale for pixels")
     if data.num_classes == 1 and args.uncond:
-        say("one class: guidance and its alpha mean nothing, and --uncond 0 saves its price")
+        say("one class: guidance and its alpha mean nothing, and --uncond 0 saves its cost")
     if data.meta.get("views") == "crops":
         raise UsageError(f"{args.data} holds crops, for encoders: make latents without --crops")
     if data.shape[1] % args.patch_size:
@@ -971,8 +971,8 @@ def train(args, data, thread):
             explain_skip(args, step, by_feature, fault)
         if run.skipped[0] >= 10:  # the weights themselves are the cause
             give_up(f"step {done}: 10 steps in a row were not finite, and were skipped: lower --lr "
-                    "or raise --warmup, and run the same command. The last checkpoint is "
-                    f"{model.latest_checkpoint(out) or 'yet to come'}")
+                    "or raise --warmup, and run the same command. The last checkpoint: "
+                    f"{model.latest_checkpoint(out) or 'none yet'}")
         stopping = all_reduce(torch.tensor(int(stop.is_set()))).item()  # whoever was asked
 
         if done % args.log_every == 0 or done in (1, args.steps):
@@ -1032,7 +1032,7 @@ def save_strip(out):
 
 
 def explain_skip(args, step, by_feature, fault):
-    """Say where a step was not finite: in which features, and on which ranks, by `Run.update`."""
+    """Say in which features a step was not finite, and on which ranks. fault: of `Run.update`."""
     faults = gather(fault.item())
     ranks = [rank for rank, fault in enumerate(faults) if fault == max(faults)]
     losses = {name: row[0] for name, row in rounded(by_feature).items()}
@@ -1144,6 +1144,7 @@ def begin(run, start):
         f"{list(data.shape)} of {data.num_classes} classes, {world_size()} process(es), from step "
         f"{start} to {args.steps}")
     defaults = vars(build_parser().parse_args([]))
+    # What `fit` chose is said even where it is a default.
     fitted = [name for name, value in PRESETS.get(args.preset, {}).items() if value is None]
     changed = [f"--{name} {value}" for name, value in vars(args).items()
                if value != defaults[name] or name in fitted]

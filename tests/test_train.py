@@ -481,7 +481,7 @@ def test_steps_that_are_not_finite_are_skipped(home, monkeypatch, capsys):
     assert_same(weights("runs/nan_straight"), whole)
 
     spoilt.update(range(6, 100))
-    message = "step 16: 10 steps in a row were not finite.*lower --lr.*The last checkpoint is "
+    message = "step 16: 10 steps in a row were not finite.*lower --lr.*The last checkpoint: "
     with pytest.raises(UsageError, match=message):
         start(options, steps=30)
     last = model.latest_checkpoint("runs/nan")
@@ -494,7 +494,7 @@ def test_steps_that_are_not_finite_are_skipped(home, monkeypatch, capsys):
 
 def test_a_run_that_diverges_at_once(home, capsys):
     """Its averages give no picture: said, and explained by the steps after."""
-    with pytest.raises(UsageError, match="10 steps in a row.*The last checkpoint is yet to come"):
+    with pytest.raises(UsageError, match="10 steps in a row.*The last checkpoint: none yet"):
         start(GENERATOR, out="runs/diverged", lr=1e30, warmup=0, steps=30, save_every=100)
     said = capsys.readouterr().out
     assert "step 1 has no picture: the generator or decoder gives NaN" in said
