@@ -1,8 +1,9 @@
 """Speed, as ratios within one run: `python tests/bench.py [names]`, on two threads, or as many as
 OMP_NUM_THREADS says.
 
-drift    the loss with its gradient against the plain port of tests/reference.py, in turns: medians
-         of the seconds, and the peak of memory of each, in a process of its own
+drift    the loss with its gradient against the plain port of tests/reference.py, as PyTorch runs it
+         and with the scripts' setting of the allocator (model.keep_freed_memory): medians of the
+         seconds, in turns, and the peak of memory, each in a process of its own
 step     training steps by `train.py --dry_run`: eager, compiled, in micro-batches; seconds,
          FLOPs, memory. On a GPU latent_ablation and latent_L, else digits
 reals    a step of the digits run, whose reals pass the encoder once, against one that encodes them
@@ -129,18 +130,16 @@ def drift_step(prefix, field, options, case):
     drift.feature_loss(prefix + field, gen, *case[1:], **options)[0].backward()
 
 
-DRIFT_MEMORY = """
+DRIFT_ALONE = """
 import sys
 sys.path[:0] = {path}
 import bench
-case = bench.drift_case({name!r})
-# Once at one label and one location: pages of code and threads are not the loss's.
-bench.drift_step({prefix!r}, *bench.drift_case({name!r}, T=1, labels=1))
-open("/proc/self/clear_refs", "w").write("5")  # the peak begins here (Linux)
-before = bench.resident("VmRSS")
-bench.drift_step({prefix!r}, *case)
-print(bench.resident("VmHWM") - before)
+bench.{function}({name!r}, {prefix!r}, {keep})
 """
+# What is compared: whose field, and whether glibc keeps freed memory, as all scripts ask of it.
+PORT = ("plain ", False)
+PORT_KEEPING = ("plain ", True)
+OURS = ("", True)
 
 
 def resident(key):
@@ -148,34 +147,53 @@ def resident(key):
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
-def peak_memory(name, prefix):
-    """Bytes beyond the inputs, in a process of its own."""
+def print_seconds(name, prefix, keep, runs=7):
+    """The median of several calls."""
+    if keep:
+        model.keep_freed_memory()
+    step = functools.partial(drift_step, prefix, *drift_case(name))
+    print(in_turns({"": step}, runs, warm_up=2)[""])
+
+
+def print_memory(name, prefix, keep):
+    """Bytes beyond the inputs. What is freed goes back to the system: the peak is of tensors."""
+    case = drift_case(name)
     if DEVICE == "cuda":
-        case = drift_case(name)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         drift_step(prefix, *case)
-        return torch.cuda.max_memory_allocated() - before
-    # What is freed goes back to the system: the peak is of tensors, not of glibc's fragments.
-    environment = dict(os.environ, MALLOC_TRIM_THRESHOLD_="131072")
-    code = DRIFT_MEMORY.format(path=sys.path[:2], prefix=prefix, name=name)
+        print(torch.cuda.max_memory_allocated() - before)
+        return
+    # Once at one label and one location: pages of code and threads are not the loss's.
+    drift_step(prefix, *drift_case(name, T=1, labels=1))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here (Linux)
+    before = resident("VmRSS")
+    drift_step(prefix, *case)
+    print(resident("VmHWM") - before)
+
+
+def alone(function, name, way):
+    """What one of the two above prints in a process of its own."""
+    trim = {"MALLOC_TRIM_THRESHOLD_": "131072"} if function is print_memory else {}
+    code = DRIFT_ALONE.format(path=sys.path[:2], function=function.__name__, name=name,
+                              prefix=way[0], keep=way[1])
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True,
-                          env=environment)
-    return int(done.stdout)
+                          env=os.environ | trim)
+    return float(done.stdout)
 
 
-def bench_drift(runs=7):
-    model.keep_freed_memory()  # as all scripts do
+def bench_drift(rounds=3):
     for name in DRIFT:
-        case = drift_case(name)
-        steps = {prefix: functools.partial(drift_step, prefix, *case) for prefix in ("plain ", "")}
-        # At the second call the allocator has what it needs, as in training.
-        plain, mine = in_turns(steps, runs, warm_up=0, calls=2).values()
-        del case, steps
-        memory = [peak_memory(name, prefix) / 1e6 for prefix in ("plain ", "")]
-        print(f"{name}: plain port {plain * 1e3:.0f} ms, drift.py {mine * 1e3:.0f} ms, "
-              f"ratio {plain / mine:.2f}; memory beyond the inputs {memory[0]:.0f} MB, "
-              f"{memory[1]:.0f} MB, ratio {memory[0] / memory[1]:.2f}", flush=True)
+        seconds = {way: [] for way in (PORT, PORT_KEEPING, OURS)}
+        for _ in range(rounds):  # in turns
+            for way in seconds:
+                seconds[way].append(alone(print_seconds, name, way))
+        port, keeping, ours = [1e3 * statistics.median(values) for values in seconds.values()]
+        memory, our_memory = [alone(print_memory, name, way) / 1e6 for way in (PORT, OURS)]
+        print(f"{name}: plain port {port:.0f} ms, keeping freed memory {keeping:.0f}, drift.py "
+              f"{ours:.0f}, ratios {port / ours:.2f} and {keeping / ours:.2f}; memory beyond the "
+              f"inputs {memory:.0f} MB, {our_memory:.0f} MB, ratio {memory / our_memory:.2f}",
+              flush=True)
 
 
 # --------------------------------------------------------------------------------------------
