@@ -149,10 +149,9 @@ def chase(gen, others, w, pull, temperatures, power, reduce=None):
     squared force before it is normalised. Watch the latter: normalisation pins the loss itself).
     """
     B, G, C = gen.shape
-    N = w.shape[1]
     if any(len(x) != B for x in others):  # longer ones would pass unseen
         raise ValueError(f"gen has {B} entries, its targets {[len(x) for x in others]}")
-    chunks = chunks_of_entries(B, N, G, C, gen.device)
+    chunks = chunks_of_entries(B, w.shape[1], G, C, gen.device)
 
     # Under bfloat16 autocast the softmax at tau = 0.02 would be noise.
     with torch.no_grad(), torch.autocast(gen.device.type, enabled=False):
@@ -173,34 +172,24 @@ def chase(gen, others, w, pull, temperatures, power, reduce=None):
         scale = (sums[0] / sums[1]).pow(1 / power).to(y.dtype)
         unit = (scale / math.sqrt(C)).clamp_min(1e-3)  # then coordinates have order 1
 
-        # 2. The field at each temperature, in units of that scale, for the sums of its squares.
-        #    What is kept for the third part is V, or A where that is smaller.
-        sums = gen.new_zeros(len(temperatures) + 1, dtype=torch.float64)
-        sums[-1] = B * G * C  # how many squares are added up
-        keep_A = C > N
-        kept = []
+        # 2. The field at each temperature, in units of that scale.
+        V = y.new_empty(B, len(temperatures), G, C)
         for b, d in zip(chunks, dist):
             A = pull(d, b, scale, unit)                                        # b taus G N
             # sum_j A_ij (y_j - x_i) as one product with y: x_i is target number i.
             A[..., :G].diagonal(dim1=2, dim2=3).sub_(A.sum(3))
             y = all_targets(gen, others, b).div_(unit)                         # b N C
-            V = torch.bmm(A.flatten(1, 2), y).unflatten(1, A.shape[1:3])       # b taus G C
-            sums[:-1] += V.norm(dim=3).square_().sum((0, 2), dtype=torch.float64)
-            kept.append(A if keep_A else V)
+            torch.bmm(A.flatten(1, 2), y, out=V[b].flatten(1, 2))
 
         # 3. Each temperature's field gets unit mean square, again over the whole batch, and they
-        #    are added up.
+        #    are added up. Sums of squares (by norm: no copy of V), and last how many were added.
+        sums = gen.new_full((len(temperatures) + 1,), B * G * C, dtype=torch.float64)
+        sums[:-1] = V.norm(dim=3).square_().sum((0, 2), dtype=torch.float64)
         if reduce:
             sums = reduce("force", sums)
         mean_square = (sums[:-1] / sums[-1]).to(y.dtype)                       # taus
-        factors = mean_square.clamp_min(1e-8).rsqrt()
-        force = y.new_empty(B, G, C)
-        for b, part in zip(chunks, kept):
-            total = (factors @ part.flatten(2)).unflatten(1, (G, -1))          # b G N or C
-            if keep_A:
-                y = all_targets(gen, others, b)                                # b N C
-                total = total.bmm(y).div_(unit)                                # b G C
-            force[b] = total
+        force = mean_square.clamp_min(1e-8).rsqrt() @ V.flatten(2)             # B G*C, over taus
+        force = force.unflatten(1, (G, C))
 
     info = {f"force_{tau}": value for tau, value in zip(temperatures, mean_square)}
     return Chase.apply(gen, force, unit), {"scale": scale, **info}
