@@ -51,16 +51,11 @@ def synchronize():
         torch.cuda.synchronize()
 
 
-def in_turns(functions, runs, warm_up=1, calls=1):
-    """{name: function} -> {name: median seconds}, one after the other, again and again.
-
-    Of several `calls` in a row the last counts.
-    """
+def in_turns(functions, runs, warm_up=1):
+    """{name: function} -> {name: median seconds}, one after the other, again and again."""
     seconds = {name: [] for name in functions}
     for run in range(warm_up + runs):
         for name, function in functions.items():
-            for _ in range(calls - 1):
-                function()
             synchronize()
             began = time.perf_counter()
             function()
