@@ -129,12 +129,8 @@ DRIFT_ALONE = """
 import sys
 sys.path[:0] = {path}
 import bench
-bench.{function}({name!r}, {prefix!r}, {keep})
+bench.{function}{arguments}
 """
-# What is compared: whose field, and whether glibc keeps freed memory, as all scripts ask of it.
-PORT = ("plain ", False)
-PORT_KEEPING = ("plain ", True)
-OURS = ("", True)
 
 
 def resident(key):
@@ -142,16 +138,16 @@ def resident(key):
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
-def print_seconds(name, prefix, keep, runs=7):
-    """The median of several calls."""
-    if keep:
+def print_seconds(name, prefix, keep_freed, runs=7):
+    """The median of several calls. keep_freed: whether glibc is told what all scripts tell it."""
+    if keep_freed:
         model.keep_freed_memory()
     step = functools.partial(drift_step, prefix, *drift_case(name))
     print(in_turns({"": step}, runs, warm_up=2)[""])
 
 
-def print_memory(name, prefix, keep):
-    """Bytes beyond the inputs. What is freed goes back to the system: the peak is of tensors."""
+def print_memory(name, prefix):
+    """The peak of bytes beyond the inputs."""
     case = drift_case(name)
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -167,27 +163,29 @@ def print_memory(name, prefix, keep):
     print(resident("VmHWM") - before)
 
 
-def alone(function, name, way):
-    """What one of the two above prints in a process of its own."""
-    trim = {"MALLOC_TRIM_THRESHOLD_": "131072"} if function is print_memory else {}
-    code = DRIFT_ALONE.format(path=sys.path[:2], function=function.__name__, name=name,
-                              prefix=way[0], keep=way[1])
+def alone(function, *arguments):
+    """What print_seconds or print_memory prints in a process of its own."""
+    environment = dict(os.environ)
+    if function is print_memory:  # freed pages go back at once: the peak is of tensors, not glibc's
+        environment["MALLOC_TRIM_THRESHOLD_"] = "131072"
+    code = DRIFT_ALONE.format(path=sys.path[:2], function=function.__name__, arguments=arguments)
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True,
-                          env=os.environ | trim)
+                          env=environment)
     return float(done.stdout)
 
 
 def bench_drift(rounds=3):
+    ways = [("plain ", False), ("plain ", True), ("", True)]  # whose loss, keep_freed
     for name in DRIFT:
-        seconds = {way: [] for way in (PORT, PORT_KEEPING, OURS)}
+        seconds = {way: [] for way in ways}
         for _ in range(rounds):  # in turns
-            for way in seconds:
-                seconds[way].append(alone(print_seconds, name, way))
-        port, keeping, ours = [1e3 * statistics.median(values) for values in seconds.values()]
-        memory, our_memory = [alone(print_memory, name, way) / 1e6 for way in (PORT, OURS)]
-        print(f"{name}: plain port {port:.0f} ms, keeping freed memory {keeping:.0f}, drift.py "
-              f"{ours:.0f}, ratios {port / ours:.2f} and {keeping / ours:.2f}; memory beyond the "
-              f"inputs {memory:.0f} MB, {our_memory:.0f} MB, ratio {memory / our_memory:.2f}",
+            for way in ways:
+                seconds[way].append(alone(print_seconds, name, *way))
+        port, keeping, ours = [1e3 * statistics.median(seconds[way]) for way in ways]
+        memory, our_memory = [alone(print_memory, name, prefix) / 1e6 for prefix in ("plain ", "")]
+        print(f"{name}: plain port {port:.0f} ms, keeping freed memory {keeping:.0f} ms, drift.py "
+              f"{ours:.0f} ms, ratios {port / ours:.2f} and {keeping / ours:.2f}; memory beyond "
+              f"the inputs {memory:.0f} MB, {our_memory:.0f} MB, ratio {memory / our_memory:.2f}",
               flush=True)
 
 
