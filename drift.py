@@ -63,13 +63,13 @@ def drift_loss(gen, pos, neg=None, weight_neg=None, temperatures=TEMPERATURES, k
     # Filling, unlike copying numbers from the host, does not make a GPU wait.
     taus = torch.stack([w.new_full((1, 1), tau) for tau in temperatures])      # taus 1 1
 
-    def pull(dist, b, scale, unit):  # see `chase`, which calls it
+    def pull(dist, w, scale, unit):  # see `chase`, which calls it
         d = dist.div_(scale.clamp_min(1e-3))                                   # b G N
         d[:, :, :G].diagonal(dim1=1, dim2=2).add_(100)  # a sample does not repel itself
         A = affinity(d[:, None], taus, kernel)                                 # b taus G N
         A_neg, A_pos = A.split([G + U, P], 3)                                  # views of A
         # Weighted here: inside "both"'s root a weight would act as its root.
-        A_neg[..., G:].mul_(weight_neg[b, None, None])
+        A_neg[..., G:].mul_(w[:, None, None, G:G + U])
         # V_i = sum_jk A_ij A_ik (y_j - y_k), j of pos, k of neg: each gets the other side's sum.
         sum_neg = A_neg.sum(3, keepdim=True)
         sum_pos = A_pos.sum(3, keepdim=True)
@@ -77,7 +77,7 @@ def drift_loss(gen, pos, neg=None, weight_neg=None, temperatures=TEMPERATURES, k
         A_neg.mul_(-repulsion * sum_pos)
         return A
 
-    return chase(gen, [neg, pos], w, pull, temperatures, 1, reduce)
+    return chase(gen, [neg, pos], w, w, pull, temperatures, 1, reduce)
 
 
 def sinkhorn_loss(gen, gen2, pos, uncond=None, cfg_scale=None, temperature=0.05, iterations=10,
@@ -114,32 +114,34 @@ def sinkhorn_loss(gen, gen2, pos, uncond=None, cfg_scale=None, temperature=0.05,
         cfg_scale = gen.new_ones(B)
     # The scale is that of all targets but the unconditional ones.
     w = torch.cat([gen.new_ones(B, G + G2), gen.new_zeros(B, U), gen.new_ones(B, P)], 1)
-    alpha = cfg_scale.view(B, 1, 1)
+    alpha = cfg_scale[:, None]
+    factor = torch.cat([alpha.new_full((B, G + G2), -1), (1 - alpha).expand(-1, U),
+                        alpha.expand(-1, P)], 1)                               # B N
 
-    def pull(dist, b, scale, unit):
+    def pull(dist, factor, scale, unit):
         cost = dist.div_(2 * temperature * C * unit**2)                        # b G N
-        own, second, of_uncond, of_pos = cost.split([G, G2, U, P], 2)
-        parts = [(second, -1), (of_uncond, 1 - alpha[b]), (of_pos, alpha[b])]
+        own, *parts = cost.split([G, G2, U, P], 2)
         if repelled_by == "own":
             own.diagonal(dim1=1, dim2=2).add_(1e30)  # a sample is not its own target
-            parts.append((own, -1))
+            parts.append(own)
         else:
             own.zero_()
-        for part, factor in parts:
-            part.copy_(transport(part, iterations).mul_(factor))
-        return cost[:, None]
+        for part in parts:
+            part.copy_(transport(part, iterations))
+        return cost.mul_(factor[:, None])[:, None]
 
-    return chase(gen, [gen2, uncond, pos], w, pull, [temperature], 2, reduce)
+    return chase(gen, [gen2, uncond, pos], w, factor, pull, [temperature], 2, reduce)
 
 
-def chase(gen, others, w, pull, temperatures, power, reduce=None):
+def chase(gen, others, w, factor, pull, temperatures, power, reduce=None):
     """The loss |x - stopgrad(x + V)|^2 of any field V_i = sum_j A_ij (y_j - x_i), in float32.
 
     gen [B, G, C]; others: further targets, each [B, n, C]; the N targets are gen's own samples
     and these, in this order. w [B, N]: their weights in the mean distance, which is the scale.
     power: 1 or 2; `dist` holds distances to this power, and the scale is the root of their mean.
-    pull(dist [b, G, N], b, scale, unit) -> A [b, temperatures, G, N] for a slice b of the entries.
-    It may overwrite dist. V is in coordinates divided by unit, which have order 1.
+    pull(dist [b, G, N], factor [b, N], scale, unit) -> A [b, temperatures, G, N] of some entries;
+    it may overwrite dist. factor [B, N]: what it needs to know of each target. Coordinates divided
+    by unit have order 1.
     temperatures: names of the fields that A holds, whose sum is V once each has unit mean square.
     reduce: for a batch that lies in several processes or micro-batches. reduce(name, sums) gets
     sums over this part as a float64 vector, and returns those over the whole batch; it is called
@@ -151,44 +153,48 @@ def chase(gen, others, w, pull, temperatures, power, reduce=None):
     B, G, C = gen.shape
     if any(len(x) != B for x in others):  # longer ones would pass unseen
         raise ValueError(f"gen has {B} entries, its targets {[len(x) for x in others]}")
-    chunks = chunks_of_entries(B, w.shape[1], G, C, gen.device)
+    size = chunk_size(w.shape[1], G, C, gen.device)
+    chunks = list(zip(*(x.split(size) for x in (w, factor, gen, *others))))
 
     # Under bfloat16 autocast the softmax at tau = 0.02 would be noise.
     with torch.no_grad(), torch.autocast(gen.device.type, enabled=False):
         # 1. Distances, and one scale: their weighted mean over the whole batch. A scale for
         #    each label, or for each process, would train another loss.
-        dist = []
+        targets = []
         sums = gen.new_zeros(2, dtype=torch.float64)
-        for b in chunks:
-            y = all_targets(gen, others, b)                                    # b N C
-            d = squared_distances(y[:, :G], y)                                 # b G N
+        for w_b, _, *samples in chunks:
+            y = around_mean(samples)                                           # b N C
+            dist = squared_distances(y[:, :G], y)                              # b G N
             if power == 1:
-                d.sqrt_()
-            sums[0] += (d.sum(1) * w[b]).sum(dtype=torch.float64)
-            sums[1] += G * w[b].sum(dtype=torch.float64)
-            dist.append(d)
+                dist.sqrt_()
+            sums[0] += (dist.sum(1) * w_b).sum(dtype=torch.float64)
+            sums[1] += G * w_b.sum(dtype=torch.float64)
+            targets.append((dist, y))
         if reduce:
             sums = reduce("distance", sums)
         scale = (sums[0] / sums[1]).pow(1 / power).to(y.dtype)
-        unit = (scale / math.sqrt(C)).clamp_min(1e-3)  # then coordinates have order 1
+        unit = (scale / math.sqrt(C)).clamp_min(1e-3)  # coordinates divided by it have order 1
 
-        # 2. The field at each temperature, in units of that scale.
-        V = y.new_empty(B, len(temperatures), G, C)
-        for b, d in zip(chunks, dist):
-            A = pull(d, b, scale, unit)                                        # b taus G N
+        # 2. The field at each temperature. Fields take the memory of the targets that they used.
+        fields = []
+        squares = gen.new_zeros(len(temperatures), dtype=torch.float64)
+        for _, factor_b, *_ in chunks:
+            dist, y = targets.pop(0)
+            A = pull(dist, factor_b, scale, unit)                              # b taus G N
             # sum_j A_ij (y_j - x_i) as one product with y: x_i is target number i.
             A[..., :G].diagonal(dim1=2, dim2=3).sub_(A.sum(3))
-            y = all_targets(gen, others, b).div_(unit)                         # b N C
-            torch.bmm(A.flatten(1, 2), y, out=V[b].flatten(1, 2))
+            V = (A.flatten(1, 2) @ y).unflatten(1, A.shape[1:3])               # b taus G C
+            squares += V.norm(dim=3).square_().sum((0, 2), dtype=torch.float64)
+            fields.append(V.flatten(2))
 
         # 3. Each temperature's field gets unit mean square, again over the whole batch, and they
-        #    are added up. Sums of squares (by norm: no copy of V), and last how many were added.
-        sums = gen.new_full((len(temperatures) + 1,), B * G * C, dtype=torch.float64)
-        sums[:-1] = V.norm(dim=3).square_().sum((0, 2), dtype=torch.float64)
+        #    are added up.
+        sums = torch.cat([squares, squares.new_full((1,), B * G * C)])
         if reduce:
             sums = reduce("force", sums)
-        mean_square = (sums[:-1] / sums[-1]).to(y.dtype)                       # taus
-        force = mean_square.clamp_min(1e-8).rsqrt() @ V.flatten(2)             # B G*C, over taus
+        mean_square = (sums[:-1] / sums[-1]).to(y.dtype) / unit**2             # taus
+        factors = mean_square.clamp_min(1e-8).rsqrt() / unit
+        force = torch.cat([factors @ fields.pop(0) for _ in chunks])           # B G*C
         force = force.unflatten(1, (G, C))
 
     info = {f"force_{tau}": value for tau, value in zip(temperatures, mean_square)}
@@ -205,7 +211,7 @@ class Chase(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gen, force, unit):
         ctx.save_for_backward(force.to(gen.dtype), unit)
-        return force.square().mean((1, 2))
+        return force.norm(dim=2).square().sum(1) / force[0].numel()  # by norm: no copy of force
 
     @staticmethod
     def backward(ctx, grad_loss):
@@ -221,17 +227,19 @@ def affinity(dist, tau, kernel="both"):
     name in KERNELS: any A >= 0 that falls with distance, normalised or not.
     """
     logits = dist / -tau
+    # The floor keeps far samples' forces alive: without it the gradient changes by 43%. Distances
+    # are about 1: of a kernel that is below the floor there, only the floor's force is left.
+    floor = 1e-3
     if kernel == "both":  # normalised over targets and over samples
-        A = logits.softmax(-1).mul_(logits.softmax(-2)).sqrt_()
-    elif kernel == "targets":
+        A = logits.softmax(-1).mul_(logits.softmax(-2))
+        return A.clamp_min_(floor**2).sqrt_()  # a CPU takes long for roots of denormal numbers
+    if kernel == "targets":
         A = logits.softmax(-1)
     elif kernel == "none":
         A = logits.exp()
     else:
         raise ValueError(f"kernel is '{kernel}': must be one of {', '.join(KERNELS)}")
-    # The floor keeps far samples' forces alive: without it the gradient changes by 43%. Distances
-    # are about 1: of a kernel that is below the floor there, only the floor's force is left.
-    return A.clamp_min_(1e-3)
+    return A.clamp_min_(floor)
 
 
 def transport(cost, iterations):
@@ -259,13 +267,12 @@ def squared_distances(x, y):
     return squares.baddbmm_(x, y.mT, alpha=-2).clamp_min_(1e-8)
 
 
-def all_targets(gen, others, b):
-    """Entries b of all samples as one tensor [b, N, C] around its mean, in float32 at least.
+def around_mean(samples):
+    """Samples of all kinds, each [b, n, C], as one [b, N, C] around its mean, in float32 at least.
 
     Centring moves nothing, and the Gram identity then keeps two digits more.
     """
-    y = torch.cat([gen[b], *[x[b] for x in others]], 1)
-    y = float32_at_least(y)
+    y = float32_at_least(torch.cat(samples, 1))
     return y.sub_(y.mean(1, keepdim=True))
 
 
@@ -275,14 +282,13 @@ def float32_at_least(x):
 
 
 # What a chunk's pairs and targets may take: they stay in a CPU's cache, and keep a GPU busy.
-CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 1 << 29}
+CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 1 << 29}
 
 
-def chunks_of_entries(B, N, G, C, device):
-    """Slices of the B entries, each of which takes about CHUNK_BYTES in `chase`."""
+def chunk_size(N, G, C, device):
+    """How many entries take about CHUNK_BYTES in `chase`."""
     entry = 4 * (N * C + 3 * G * (N + C))
-    size = max(1, CHUNK_BYTES.get(device.type, 1 << 29) // entry)
-    return [slice(at, at + size) for at in range(0, B, size)]
+    return max(1, CHUNK_BYTES.get(device.type, 1 << 29) // entry)
 
 
 def drifting(gen, gen2, pos, uncond, cfg_scale, **options):

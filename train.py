@@ -213,7 +213,8 @@ def add_generator_options(parser):
         "of pixels; gradients pass through the decoder (sec. 4)")
     add("--model", choices=model.GENERATOR_SIZES, default="B", help="size of the generator")
     add("--patch_size", type=positive_int, default=2, help="side of a generator's token")
-    add("--attn_fp32", action="store_true", help="compute attention in float32")
+    add("--attn_fp32", action=argparse.BooleanOptionalAction, default=False, help="compute "
+        "attention in float32, as in the release's ablation and pixel recipes: slower on a GPU")
     add("--checkpoint_blocks", action="store_true", help="recompute activations of the generator: "
         "a third more work, a twentieth of its memory")
     add("--labels", type=positive_int, default=64, help="class labels a step, of all processes")
@@ -263,8 +264,8 @@ def parse(argv):
         switch, value, *_ = group.title.split() + [""]
         if switch in ("stage", "reals", "field") and options.get(switch) != value:
             for action in group._group_actions:
-                if action.option_strings[0] in given:
-                    parser.error(f"{action.option_strings[0]} is read with --{switch} {value} only")
+                for word in given.intersection(action.option_strings):
+                    parser.error(f"{word} is read with --{switch} {value} only")
                 delattr(args, action.dest)
     # A preset's schedule has the shape of its length: a shorter run gets a shorter one.
     row = PRESETS.get(preset, {})

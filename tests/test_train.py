@@ -643,6 +643,8 @@ def test_the_best_weights_are_those_of_like_figures(home):
 @pytest.mark.parametrize("line, message", [
     ("--preset digits --base_channels 8", "--base_channels is read with --stage encoder only"),
     ("--preset digits_encoder --gen=8", "--gen is read with --stage generator only"),
+    ("--preset digits_encoder --no-attn_fp32",
+     "--no-attn_fp32 is read with --stage generator only"),
     ("--preset digits --lable 8", "unrecognized arguments"),
     ("--preset nothing", "invalid choice"),
     ("--preset digits --push 8", "--push is read with --reals queue only"),
