@@ -1399,7 +1399,8 @@ def random_encoder(name, data, device):
     args = parse(["--preset", name, "--dry_run", "--device", "cpu", "--crop_scale", "1"])
     args.device = device  # on which sizes may depend
     fit(args, data)
-    return EncoderStage(args, data).net
+    with torch.device(device):  # two billion random numbers take a CPU a minute
+        return EncoderStage(args, data).net
 
 
 def random_vae(args):

@@ -4,8 +4,9 @@ OMP_NUM_THREADS says.
 drift    the loss with its gradient against the plain port of tests/reference.py, as PyTorch runs it
          and with the scripts' setting of the allocator (model.keep_freed_memory): medians of the
          seconds, in turns, and the peak of memory, each in a process of its own
-step     training steps by `train.py --dry_run`: eager, compiled, in micro-batches; seconds,
-         FLOPs, memory. On a GPU latent_ablation and latent_L, else digits
+step     training steps by `train.py --dry_run`: eager, compiled, in micro-batches; seconds, FLOPs,
+         their share of what a matrix product reaches, memory. On a GPU the paper's recipes, else
+         digits
 reals    a step of the digits run, whose reals pass the encoder once, against one that encodes them
 sample   images a second of the generator and of the decoder, of latent_B_sota's and the SD-VAE's
          sizes with random weights, against float32 in torch's default memory format
@@ -192,19 +193,25 @@ def bench_drift(rounds=3):
 # --------------------------------------------------------------------------------------------
 # Training
 
+# Presets and options; a GPU of 140 GB has no room for latent_L without --checkpoint_blocks.
+CPU_STEPS = ["digits"]
+GPU_STEPS = ["latent_ablation --labels 8", "latent_ablation --labels 8 --no-attn_fp32",
+             "wflow_ablation --labels 8", "latent_L --labels 4 --checkpoint_blocks",
+             "latent_L --labels 8 --checkpoint_blocks", "mae_latent_256 --batch_size 256"]
+
+
 def bench_step():
-    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-    a = torch.randn(4096, 4096, device=DEVICE, dtype=dtype)
-    product = 2 * 4096**3 / in_turns({"": lambda: a @ a}, 3)[""]
-    print(f"a matrix product of 4096 in {dtype}: {product / 1e12:.3g} TFLOP/s", flush=True)
-    cases = [("digits", 10)]
-    if DEVICE == "cuda":
-        cases = [("latent_ablation", 8), ("latent_L", 4), ("latent_L", 8)]
-    ways = {"eager": [], "compiled": ["--compile"], "micro-batches": ["--micro_batches", "2"]}
-    for preset, labels in cases:
-        for way, options in ways.items():
-            command = [sys.executable, train.__file__, "--preset", preset, "--dry_run", "--labels",
-                       str(labels), *options]
+    on_gpu = DEVICE == "cuda"
+    size, dtype = (8192, torch.bfloat16) if on_gpu else (4096, torch.float32)
+    a = torch.randn(size, size, device=DEVICE, dtype=dtype)
+    product = 2 * size**3 / in_turns({"": lambda: a @ a}, 3)[""] / 1e12
+    print(f"a matrix product of {size} in {dtype}: {product:.3g} TFLOP/s", flush=True)
+    del a
+    torch.cuda.empty_cache()
+    for case in GPU_STEPS if on_gpu else CPU_STEPS:
+        for way in ("", " --compile", " --micro_batches 2"):
+            command = [sys.executable, train.__file__, "--dry_run", "--preset",
+                       *(case + way).split()]
             # A shell in between: Linux counts the peak of the process that starts another as the
             # other's own, and this one has had matrices.
             done = subprocess.run(["sh", "-c", '"$@"; exit $?', "sh", *command],
@@ -212,7 +219,9 @@ def bench_step():
             lines = (done.stdout if done.returncode == 0 else done.stderr).splitlines()
             wanted = ("a step", "memory") if done.returncode == 0 else lines[-1:]
             said = [line for line in lines if line.startswith(tuple(wanted))]
-            print(f"{preset}, {labels} labels, {way}: {'; '.join(said)}", flush=True)
+            for rate in re.findall(r"([\d.e+-]+) TFLOP/s of each", done.stdout):
+                said.append(f"{float(rate) / product:.0%} of the matrix product's TFLOP/s")
+            print(f"{case}{way}: {'; '.join(said)}", flush=True)
 
 
 def bench_reals(runs=9):
