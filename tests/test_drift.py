@@ -112,10 +112,27 @@ def test_computed_in_float32_under_bfloat16():
         inside = loss_and_grad(drift.drift_loss, *args)
     outside = loss_and_grad(drift.drift_loss, *args)
     assert torch.equal(inside[0], outside[0]) and torch.equal(inside[1], outside[1])
-    half = args[0].bfloat16()
-    loss, grad, _ = loss_and_grad(drift.drift_loss, half, *args[1:])
-    assert loss.dtype == torch.float32 and grad.dtype == torch.bfloat16
-    assert torch.equal(loss, loss_and_grad(drift.drift_loss, half.float(), *args[1:])[0])
+    gen, pos, neg, weight = args
+    half = gen.bfloat16()
+    alpha = 1 + weight[:, 0]
+    for function, targets in [(drift.drift_loss, (pos, neg, weight)),
+                              (drift.sinkhorn_loss, (gen.flip(0), pos, neg, alpha))]:
+        loss, grad, _ = loss_and_grad(function, half, *targets)
+        assert loss.dtype == torch.float32 and grad.dtype == torch.bfloat16
+        assert torch.equal(loss, loss_and_grad(function, half.float(), *targets)[0])
+
+
+def test_units_of_the_features_do_not_matter():
+    gen, pos, neg, weight = random_case()
+    cases = [(drift.drift_loss, (gen, pos, neg), weight),
+             (drift.sinkhorn_loss, (gen, gen.flip(0), pos, neg), 1 + weight[:, 0])]
+    for function, samples, weights in cases:
+        loss, grad, info = loss_and_grad(function, *samples, weights)
+        larger = loss_and_grad(function, *(1024 * x for x in samples), weights)
+        assert relative_error(larger[0], loss) < 1e-6
+        assert relative_error(1024 * larger[1], grad) < 1e-5
+        for name in info.keys() - {"scale"}:
+            assert larger[2][name].item() == pytest.approx(info[name].item(), rel=1e-5)
 
 
 def test_nothing_moves_when_the_distributions_match():
