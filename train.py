@@ -93,9 +93,9 @@ PRESETS = {
         layers=[1, 1], batch_size=128, cls_steps=120, cls_ramp=50, ema_decay=[0.99],
         lr=2e-3, warmup=50, steps=300, sample_every=150, save_every=100),
     "digits": dict(
-        stage="generator", data="data/digits", encoder=["digits_encoder"], model="XS",
-        patch_size=4, labels=10, gen=24, pos=48, uncond=12, alpha_power=2, reals="index",
-        ema_decay=[0.99], lr=2.5e-3, warmup=30, cooldown=620, steps=900,
+        stage="generator", data="data/digits", encoder=["digits_encoder"], model="XXS",
+        patch_size=8, labels=10, gen=24, pos=64, uncond=12, alpha_power=2.5, reals="index",
+        ema_decay=[0.99], lr=3e-3, warmup=30, cooldown=550, steps=800,
         sample_every=100, save_every=150),
     # For any small images: what is None follows from them and from the device, see `fit`.
     # Its alphas are uniform in [1, 4]: small generators hardly read alpha, and what guides them is
