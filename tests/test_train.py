@@ -908,7 +908,8 @@ def test_init_from_a_model_of_other_classes(home, tmp_path, capsys):
 # --------------------------------------------------------------------------------------------
 # The dry run
 
-DRY = "--preset digits --dry_run --device cpu --labels 2 --gen 4".split()
+DRY = ("--preset digits --dry_run --device cpu --model XS --patch_size 4 --labels 2 --gen 4 "
+       "--pos 48").split()
 
 
 def test_dry_run(tmp_path, monkeypatch, capsys):
@@ -922,7 +923,7 @@ def test_dry_run(tmp_path, monkeypatch, capsys):
         assert "generator: 0.1M parameters" in said
         assert "digits_encoder: 0.3M parameters" in said
         assert re.search(r"memory of a process: \d+\.\d\d GB", said)
-        assert re.search(r"900 steps: \d+\.\d\d h", said)
+        assert re.search(r"800 steps: \d+\.\d\d h", said)
         tera, seconds = re.search(r"a step: (\S+) TFLOP on 1 process\(es\), (\S+) s", said).groups()
         assert float(seconds) > 0
         counted.append(float(tera) * 1e12)
