@@ -70,8 +70,8 @@ class Pretrained(PyTorchModelHubMixin, library_name="drifting", license="mit",
         return super()._from_pretrained(**{**options, "strict": True})
 
 
-# Table 8. XXS to S are ours, for small images on small machines. XXS is for the digits: their 8 x 8
-# pixels are one token.
+# Table 8. XXS to S are ours, for small images on small machines. XXS is for the digits, whose 8 x 8
+# pixels are one token: attention has nothing to do there, and blocks are MLPs under a condition.
 GENERATOR_SIZES = {
     "XXS": dict(hidden_size=128, depth=3, num_heads=1, n_cls_tokens=0),
     "XS": dict(hidden_size=128, depth=3, num_heads=4, n_cls_tokens=1),
