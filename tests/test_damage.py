@@ -274,7 +274,9 @@ def fault(file, rng, right):
 
 def work(numbers, kind=""):
     """Prints what is wrong with these mutations. The last line, if it is killed, says by which."""
-    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+    # Beyond what is mapped already: libraries of a CUDA build of torch take more than 4 GB.
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + (3 << 30), mapped + (3 << 30)))
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.redirect_stdout(sys.stderr):
             files = make(Path(folder))
