@@ -38,9 +38,9 @@ def generate(generator, labels, indices, cfg_scale=1.0, temperature=1.0, seed=0,
     temperature: multiplies the noise. style: see `image_noise`. vae: decodes latents.
     Raises UsageError for networks that give NaN or Inf.
 
-    The same batches give the same bits. In other ones sizes XXS, XS and B moved at most one value in
-    10,000 by one grey level in float32, as on a CPU, and in bfloat16, as on a GPU, XS by one and B
-    by three.
+    The same batches give the same bits. In other ones sizes XXS, XS and B moved at most one value
+    in 10,000 by one grey level in float32, as on a CPU, and in bfloat16, as on a GPU, XS by one
+    and B by three.
     """
     device = next(generator.parameters()).device
     images = []

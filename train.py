@@ -1442,7 +1442,7 @@ def dry_run(args, data):
     flops = counter.get_total_flops()
     say(f"a step: {flops * world_size() / 1e12:.4g} TFLOP on {world_size()} process(es), "
         f"{seconds:.3g} s, {flops / seconds / 1e12:.3g} TFLOP/s of each; random data are drawn "
-        "in it, and reals encoded, which a run may do once for all")
+        "in it and reals encoded, as a run on few images does only once")
     say(f"memory of a process: {memory_gb(args.device):.2f} GB")
     say(f"{args.steps} steps: {seconds * args.steps / 3600:.2f} h, without pictures, evaluations "
         "and checkpoints")
