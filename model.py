@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import ctypes
 import datetime
-import errno
 import hashlib
 import inspect
 import json
@@ -19,6 +18,7 @@ import pickle
 import re
 import shutil
 import sys
+import time
 from collections import OrderedDict
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 from drift import float32_at_least, multi_scale_features
 
@@ -614,7 +615,7 @@ def load_vae(path=SD_VAE, device="cpu", chunk=16, wanted=None):
         net, misfits = AutoencoderKL.from_pretrained(
             weights.parent, use_safetensors=safe, low_cpu_mem_usage=False, output_loading_info=True)
     except Exception as error:  # diffusers has many kinds for a folder that is not whole
-        raise UsageError(f"{weights}: no AutoencoderKL of diffusers ({one_line(error)})") from error
+        raise UsageError(f"{weights}: no AutoencoderKL of diffusers ({error})") from error
     if any(misfits.values()):  # diffusers would fill them with random numbers
         raise UsageError(f"{weights}: not the weights of its config ({str(misfits):.200})")
     if net.config.scaling_factor != LATENT_SCALE:
@@ -712,14 +713,11 @@ def load_encoder(path, keep_converted=True):
 
 def load(path, classes, keep_converted):
     files = find_files(path, MODEL_FILES)
-    if keep_converted and str(path).startswith("hf://") and files[1].suffix != ".safetensors":
-        files = convert(*files, classes)
     return read_model(*files, classes)
 
 
 def read_model(description, weights, classes):
     """The model of two files, which must be one of `classes`, {kind: class}."""
-    check_sums(description, weights)
     state = read_weights(weights)
     config = read_config(description, state)
     origin = config.pop("origin", {})
@@ -747,34 +745,23 @@ def read_model(description, weights, classes):
     try:
         net.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        raise UsageError(f"{weights}: not the weights of its config ({one_line(error)})") from None
+        raise UsageError(f"{weights}: not the weights of its config ({error})") from None
     check_origin(description, origin, net)
     net.origin = origin
     return net.float().eval()  # float32, however they were saved
 
 
-def convert(description, weights, classes):
-    """A downloaded artifact as files of ours, which rank 0 makes the first time, if it can.
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
-    They are read anew when they are made, as in later runs: on a CPU the last bits of a result
-    depend on where weights lie in memory.
-    """
-    # Named after models--USER--REPO/snapshots/COMMIT/..., whose bytes never change.
-    place = weights.parts[weights.parts.index("snapshots") - 1:]
-    copy = Path(constants.HF_ASSETS_CACHE, "drifting", "--".join(place))
-    if get_rank() == 0 and not copy.exists():
-        net = read_model(description, weights, classes)
-        partial = copy.with_name(f"{copy.name}.{os.getpid()}.tmp")
-        try:
-            net.save_pretrained(partial)
-            write_sums(partial)
-            partial.rename(copy)
-        except (OSError, SafetensorError) as error:
-            print(f"{copy}: no converted copy kept ({one_line(error)})", file=sys.stderr)
-        shutil.rmtree(partial, ignore_errors=True)
-    if copy.exists():
-        return [copy / name for name in OUR_FILES]
-    return [description, weights]
+
+def digest(net):
+    """sha256 of a network's tensors: which one it is, wherever it lies."""
+    result = hashlib.sha256()
+    for tensor in net.state_dict().values():
+        result.update(tensor.cpu().contiguous().numpy())
+    return result.hexdigest()
 
 
 def kind_of_tensors(state):
@@ -793,7 +780,7 @@ def read_config(file, state):
             return dict(json.loads(file.read_text()))
         return wflow_config(state) if file.name.startswith("state_") else {}
     except (OSError, ValueError, TypeError, RecursionError, LookupError, ArithmeticError) as error:
-        raise UsageError(f"{file}: damaged, or no model ({one_line(error)})") from error
+        raise UsageError(f"{file}: damaged, or no model ({error})") from error
 
 
 def check_config(file, config, cls, state):
@@ -852,7 +839,7 @@ def read_weights(file):
         raise UsageError(f"{file}: damaged, or no weights, or objects beside them, which would be "
                          "code to run: save a state_dict alone") from error
     except Exception as error:  # each has many kinds for bytes that are not what they should be
-        raise UsageError(f"{file}: damaged, or no weights ({one_line(error)})") from error
+        raise UsageError(f"{file}: damaged, or no weights ({error})") from error
 
 
 def from_transformers(config, state):
@@ -1079,92 +1066,55 @@ def our_name(path, names=FLAX_NAMES):
 
 
 # --------------------------------------------------------------------------------------------
-# What all scripts share: mistakes of the user's, processes, files that are whole or not there
+# What all scripts share: messages, processes, and files that are whole or not there
 
 class UsageError(Exception):
-    """A mistake of the user's, or a file that is not what it should be: shown as one line.
-
-    Every other exception is a bug, ours or yours, and keeps its traceback.
-    """
+    """A mistake of the user's, shown as one line. Every other exception keeps its traceback."""
 
 
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def digest(net):
-    """sha256 of a network's tensors: which one it is, wherever it lies."""
-    whole = hashlib.sha256()
-    for tensor in net.state_dict().values():
-        whole.update(tensor.cpu().contiguous().numpy())
-    return whole.hexdigest()
-
-
-def write_sums(folder):
-    """SHA256SUMS of all files below a folder, for `sha256sum --check` and `read_sums`."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    sums = [f"{sha256(path)}  {path.relative_to(folder)}\n" for path in files]
-    (folder / "SHA256SUMS").write_text("".join(sums))
-
-
-def read_sums(folder):
-    """{name: sha256} of a folder's SHA256SUMS. Raises OSError, ValueError where it is damaged."""
-    lines = (folder / "SHA256SUMS").read_text().splitlines()
-    return {line[66:]: line[:64] for line in lines}
-
-
-def check_sums(*files):
-    """Raises UsageError where a file is not as the SHA256SUMS of its folder says."""
-    for file in files:
-        for folder in list(file.parents)[:2]:  # a further average lies in a folder of its own
-            try:
-                wanted = read_sums(folder).get(str(file.relative_to(folder)))
-            except OSError:
-                continue
-            except ValueError as error:
-                raise UsageError(f"{folder}/SHA256SUMS: damaged ({one_line(error)})") from error
-            if wanted and sha256(file) != wanted:
-                raise UsageError(f"{file}: damaged, it is not what {folder}/SHA256SUMS says")
-
-
-def one_line(error):
-    return f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+class HelpFormat(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """A script's docstring as it stands, and every option with its default."""
 
 
 def run_script(main):
-    """Runs a script's main(), with a process group if torchrun started it.
-
-    A UsageError and a full disk end the script with one line, anything else with its traceback
-    and, of several processes, the number of the one where it happened.
-    """
-    script = Path(sys.argv[0]).name
-    # A class may have a name that the terminal cannot show.
-    sys.stdout.reconfigure(errors="backslashreplace")
+    """Run a script's main(), in a process group if torchrun started it."""
+    keep_freed_memory()
+    if "RANK" in os.environ:
+        backend = "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            backend = "cpu:gloo,cuda:nccl"
+        # If it were imported after the group exists, its default arguments would keep the group's
+        # threads alive until the interpreter ends, which then aborts.
+        from torch.distributed.nn import functional  # noqa: F401
+        # Rank 0 alone computes precision and recall, for many minutes where the CPU is slow.
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     try:
-        if "" in sys.argv:
-            raise UsageError("an option is empty: a variable of the shell that is not set?")
-        keep_freed_memory()
-        start_processes()
-        main()
-        sys.stdout.flush()
-    except UsageError as error:
-        raise SystemExit(f"{script}: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None  # as shells count it
-    except BrokenPipeError:  # nobody reads on, as after `| head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
-    except Exception as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            raise SystemExit(f"{script}: {error}: make room, and run the same command again; what "
-                             "was whole before is untouched") from None
-        if world_size() > 1:
-            error.add_note(f"on rank {get_rank()} of {world_size()}")
-        raise
+        with contextlib.redirect_stderr(LastingStream(sys.stderr)):
+            main()
+    except UsageError as error:  # where torchrun started us, it ends the other processes too
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+class LastingStream:
+    """A stream that drops what a closed terminal no longer takes: the run goes on."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
 
 
 def keep_freed_memory():
@@ -1173,25 +1123,17 @@ def keep_freed_memory():
     On a CPU the pages of a step's tensors then appear once, and not in each step: the drift loss
     takes 0.6 to 0.85 of the time, a step of `fashion` 0.8 to 0.9.
     """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # not on macOS
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, in bytes
-        libc.mallopt(-3, 32 << 20)   # M_MMAP_THRESHOLD, at most this
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, in bytes
+            libc.mallopt(-3, 32 << 20)   # M_MMAP_THRESHOLD, at most this
 
 
-def start_processes():
-    """Join torchrun's processes (RANK, LOCAL_RANK, WORLD_SIZE); nothing without torchrun."""
-    if "RANK" not in os.environ:
-        return
-    backend = "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "cpu:gloo,cuda:nccl"
-    # If it were imported after the group exists, its default arguments would keep the group's
-    # threads alive until the interpreter ends, which then aborts.
-    from torch.distributed.nn import functional  # noqa: F401
-    # How long the others wait for a process that has stopped, or is as much slower.
-    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+def note(text):
+    """A line on stderr, of rank 0 alone, above a progress bar."""
+    if get_rank() == 0:
+        tqdm.write(text, file=sys.stderr)
 
 
 def get_rank():
@@ -1207,6 +1149,13 @@ def barrier():
         dist.barrier()
 
 
+def all_reduce(x):
+    """The sum over all processes, in place: every one of them must come here, in this order."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
 def gather(value):
     """The values of all processes, as a list (pickled: only what this run's processes made)."""
     values = [value] * world_size()
@@ -1215,64 +1164,71 @@ def gather(value):
     return values
 
 
-def on_all_ranks(function, *args, **options):
-    """function(...) on every process. Where it raises a UsageError, all processes end.
-
-    Without this, the others would wait for the one that gave up. The first that failed says why.
-    """
-    result, mistake = None, None
-    try:
-        result = function(*args, **options)
-    except UsageError as error:
-        mistake = error
-    failed = gather(mistake is not None)
-    if True not in failed:
-        return result
-    if failed.index(True) == get_rank():
-        raise mistake
-    raise SystemExit(1)
+def check_shared(folder):
+    """Make a folder, and see that all processes find it: several machines need a common disk."""
+    folder = Path(folder)
+    if get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    token = folder / f".token_{gather(os.getpid())[0]}"
+    if get_rank() == 0:
+        token.touch()
+    barrier()
+    deadline = time.time() + 60  # NFS shows new files late
+    while not token.exists() and time.time() < deadline:
+        time.sleep(1)
+    found = gather(token.exists())
+    if get_rank() == 0:
+        token.unlink()
+    if not all(found):
+        raise UsageError(f"{folder} is not the same folder on every machine: they need a common "
+                         "disk")
 
 
 @contextlib.contextmanager
-def whole_file(path):
-    """`with whole_file(path) as f`: f is written under a name of its own, synced, then renamed.
+def claim(folder):
+    """Hold a folder for this run alone, as two writers would mix. A run's death frees it too."""
+    check_shared(folder)
+    if get_rank() == 0:
+        lock = open(Path(folder) / ".lock", "w")
+        try:
+            import fcntl  # not on Windows
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"another run writes to {folder}: wait for it, or end it") from None
+        except (ImportError, OSError) as error:  # Lustre and EFS may have no locks
+            note(f"{folder} cannot be locked ({error}): do not start a second run there")
+    yield
 
-    So a file called `path` is never half-written, and two writers do not mix.
+
+@contextlib.contextmanager
+def whole(path):
+    """`with whole(path) as partial`: write a file or a folder at `partial`, beside `path`.
+
+    It is synced and takes its name when it is whole: no reader ever finds half of it.
     """
     path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(partial, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    partial = path.with_name(path.name + ".tmp")
+    remove(partial)  # of a run that was killed
+    yield partial
+    for file in (*partial.rglob("*"), partial):
+        sync(file)
+    if path.is_dir():
+        remove(path)
+    partial.replace(path)
+    sync(path.parent)
 
 
-def number(kind, least=-math.inf, most=math.inf, above=-math.inf):
-    """`type=` of an option: a finite int or float in [least, most] that is more than `above`."""
-    limits = {"at least": least, "at most": most, "more than": above}
-    limits = [f"{text} {limit}" for text, limit in limits.items() if math.isfinite(limit)]
-
-    def parse(text):
-        value = kind(text)
-        # float32, which networks compute in, ends at 3.4e38.
-        if not (-3e38 < value < 3e38 and least <= value <= most and value > above):
-            raise argparse.ArgumentTypeError(f"must be {' and '.join(limits or ['finite'])}, "
-                                             f"not {text}")
-        return value
-    parse.__name__ = kind.__name__  # argparse names it where the text is no number at all
-    return parse
+def remove(path):
+    """Delete a file or a folder if it is there and can be deleted: on NFS it may be in use."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
-positive_int = number(int, least=1)
-
-
-def usable_device(text):
-    """`type=` of --device. It asks without a use, which would put all ranks on the first GPU."""
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if text not in ["cpu", *gpus] and not (text == "cuda" and gpus):
-        raise argparse.ArgumentTypeError(f"torch sees no {text} here")
-    return text
+def sync(path):
+    """Wait until it is on the disk: else a power cut could leave a renamed file without content."""
+    with contextlib.suppress(OSError):  # CIFS, FUSE and Windows cannot sync folders
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
