@@ -14,7 +14,6 @@ import json
 import math
 import mmap
 import os
-import pickle
 import re
 import shutil
 import sys
@@ -27,9 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
-from huggingface_hub import (PyTorchModelHubMixin, constants, errors, hf_hub_download,
-                             try_to_load_from_cache)
-from safetensors import SafetensorError
+from huggingface_hub import PyTorchModelHubMixin, errors, hf_hub_download
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -39,22 +36,14 @@ from drift import float32_at_least, multi_scale_features
 
 CHECKPOINT = dict(use_reentrant=False, preserve_rng_state=False)  # of torch.utils.checkpoint
 
-MODEL_CARD = """---
-{{ card_data }}
----
-One-step image generation by [drifting]({{ paper_url }}), with the project's scripts. A generator:
-`python sample.py --ckpt hf://USER/REPO`; an encoder: `python train.py --encoder hf://USER/REPO`.
-"""
-
 
 class Pretrained(PyTorchModelHubMixin, library_name="drifting", license="mit",
-                 tags=["drifting", "one-step-generation"],
-                 paper_url="https://arxiv.org/abs/2602.04770", model_card_template=MODEL_CARD):
+                 tags=["drifting"], paper_url="https://arxiv.org/abs/2602.04770"):
     """save_pretrained, from_pretrained, push_to_hub of huggingface_hub, strict about weights.
 
-    config.json holds the constructor's arguments; `model_type`, by which the class is found again:
-    "generator", or its name in ENCODERS, and what is not there cannot be saved; and `origin`: of a
-    trained network the names of its classes and the sha256 of the VAE of its latents.
+    config.json holds the constructor's arguments; `model_type`, from which the class is found when
+    the network is loaded: "generator" or its name in ENCODERS; and `origin`: the names of the
+    classes that a trained network knows, and the sha256 of the VAE of its latents.
     """
 
     origin = {}
@@ -64,7 +53,11 @@ class Pretrained(PyTorchModelHubMixin, library_name="drifting", license="mit",
         config = {**(self._hub_mixin_config or {}), "model_type": names[type(self)]}
         if self.origin:
             config["origin"] = self.origin
-        return super().save_pretrained(save_directory, **{**options, "config": config})
+        result = super().save_pretrained(save_directory, **{**options, "config": config})
+        # safetensors lets the owner alone read its files; config.json has the umask's mode.
+        folder = Path(save_directory)
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")
+        return result
 
     @classmethod
     def _from_pretrained(cls, **options):
@@ -91,13 +84,14 @@ class Generator(nn.Module, Pretrained):
 
     Sizes: `Generator(**GENERATOR_SIZES["B"], ...)`. The defaults are those of latents 32x32x4.
     Styles are extra, discrete noise: `noise_coords` times one of `noise_classes` embeddings.
-    Raises UsageError for sizes that do not divide.
+    head_channels: width of a convolutional head behind the last layer, which paints each patch
+    alone and can leave their borders visible in small images; 0: none, as in the paper.
     """
 
     def __init__(self, input_size=32, in_channels=4, out_channels=None, patch_size=2,
                  hidden_size=768, depth=12, num_heads=12, mlp_ratio=4.0, cond_dim=None,
                  num_classes=1000, noise_classes=64, noise_coords=32, n_cls_tokens=16,
-                 attn_fp32=False):
+                 attn_fp32=False, head_channels=0):
         super().__init__()
         if input_size % patch_size or hidden_size % 4 or hidden_size % (2 * num_heads):
             raise UsageError(f"patch_size {patch_size} must divide input_size {input_size}, 4 and "
@@ -109,18 +103,15 @@ class Generator(nn.Module, Pretrained):
         self.checkpoint_blocks = False  # True: a third more work, activations 1/20 of the memory
         cond_dim = cond_dim or hidden_size
         grid = input_size // patch_size
-        with torch.device("cpu"):  # under "meta" too: the rotary table is in no file
-            positions = sincos_2d(grid, hidden_size)
-            rope = rotary_table(n_cls_tokens + grid**2, hidden_size // num_heads)
 
-        self.class_embed = Embedding(num_classes, cond_dim)
+        self.class_embed = nn.Embedding(num_classes, cond_dim)
         self.style_embed = nn.Parameter(torch.empty(noise_coords, noise_classes, cond_dim))
         self.alpha_embed = nn.Sequential(
             nn.Linear(256, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim))
         self.alpha_norm = RMSNorm(cond_dim)
 
         self.patch_embed = nn.Linear(patch_size**2 * in_channels, hidden_size)
-        self.pos_embed = nn.Parameter(positions[None])
+        self.pos_embed = nn.Parameter(sincos_2d(grid, hidden_size)[None])
         self.cls_proj = nn.Linear(cond_dim, hidden_size)
         self.cls_embed = nn.Parameter(torch.empty(1, n_cls_tokens, hidden_size))
         self.blocks = nn.ModuleList(
@@ -128,9 +119,10 @@ class Generator(nn.Module, Pretrained):
         self.final_norm = RMSNorm(hidden_size)
         self.final_adaln = nn.Linear(cond_dim, 2 * hidden_size)
         self.final_linear = nn.Linear(hidden_size, patch_size**2 * self.out_channels)
+        self.head = pixel_head(self.out_channels, head_channels) if head_channels else None
+        rope = rotary_table(n_cls_tokens + grid**2, hidden_size // num_heads)
         self.register_buffer("rope", rope, persistent=False)
-        if not self.cls_embed.is_meta:
-            self._initialise()
+        self._initialise()
 
     def _initialise(self):
         for module in self.modules():
@@ -142,6 +134,13 @@ class Generator(nn.Module, Pretrained):
             nn.init.normal_(table, std=0.02)
         for layer in [self.final_linear, self.final_adaln] + [block.adaln for block in self.blocks]:
             nn.init.zeros_(layer.weight)  # adaLN-zero
+        if self.head is not None:
+            nn.init.zeros_(self.head[-1].weight)
+            nn.init.zeros_(self.head[-1].bias)
+
+    def embed_label(self, class_labels):
+        """Labels [n] -> [n, cond_dim]. This alone knows what a label is: here a class's number."""
+        return self.class_embed(class_labels)
 
     def condition(self, class_labels, cfg_scale, style_indices):
         """Condition [n, cond_dim] in float32: class + sum of styles + 0.02 norm(MLP(alpha))."""
@@ -156,11 +155,15 @@ class Generator(nn.Module, Pretrained):
             first_rows = self.noise_classes * torch.arange(self.noise_coords, device=device)
             tables = self.style_embed.flatten(0, 1)
             styles = F.embedding(style_indices + first_rows, tables).sum(1)         # n d
-            return self.class_embed(class_labels) + styles + 0.02 * alpha
+            return self.embed_label(class_labels) + styles + 0.02 * alpha
 
     def forward(self, noise, class_labels, cfg_scale, style_indices):
         """noise [n, c, h, w], class_labels [n], cfg_scale [n] (alpha), style_indices
         [n, noise_coords] -> samples [n, c, h, w]."""
+        # What has one row, token or style where there should be more would be broadcast in silence.
+        assert noise.shape[1:] == (self.in_channels, self.input_size, self.input_size)
+        assert len(class_labels) == len(cfg_scale) == len(noise)
+        assert style_indices.shape == (len(noise), self.noise_coords)
         p = self.patch_size
         cond = self.condition(class_labels, cfg_scale, style_indices)               # n d
         x = rearrange(noise, "n c (h p) (w q) -> n (h w) (p q c)", p=p, q=p)        # n t (p q c)
@@ -177,7 +180,18 @@ class Generator(nn.Module, Pretrained):
         x = self.final_norm(x[:, self.cls_embed.shape[1]:])
         x = self.final_linear(modulate(x, shift, scale))                            # n t (p q c)
         h = self.input_size // p
-        return rearrange(x, "n (h w) (p q c) -> n c (h p) (w q)", p=p, q=p, h=h)
+        x = rearrange(x, "n (h w) (p q c) -> n c (h p) (w q)", p=p, q=p, h=h)
+        if self.head is not None:
+            x = x + self.head(x)
+        return x
+
+
+def pixel_head(channels, width):
+    """Three 3x3 convolutions that see across the borders of patches."""
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 3, padding=1), nn.SiLU(),
+        nn.Conv2d(width, width, 3, padding=1), nn.SiLU(),
+        nn.Conv2d(width, channels, 3, padding=1))
 
 
 class Block(nn.Module):
@@ -217,14 +231,6 @@ class Block(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             x = F.scaled_dot_product_attention(q, k, v)                             # n heads t d
         return self.proj(rearrange(x, "n heads t d -> n t (heads d)"))
-
-
-class Embedding(nn.Embedding):
-    """Not drawn without memory: a normal_() on "meta" would import torch._dynamo, two seconds."""
-
-    def reset_parameters(self):
-        if not self.weight.is_meta:
-            super().reset_parameters()
 
 
 class RMSNorm(nn.RMSNorm):
@@ -271,7 +277,7 @@ def sincos_2d(grid, width):
 
 
 # --------------------------------------------------------------------------------------------
-# Encoder
+# The encoder of the paper
 
 class MAE(nn.Module, Pretrained):
     """ResNet masked autoencoder (A.3). Its encoder's features are the space where samples drift.
@@ -420,19 +426,18 @@ class GroupNorm(nn.GroupNorm):
 
 
 # --------------------------------------------------------------------------------------------
-# Networks of others: ConvNeXt-V2 and ResNet-50, whose features are of pixels, and the SD-VAE
+# Networks of others: ConvNeXt-V2 and DINOv2, whose features are of pixels, and the SD-VAE
 
-def imagenet_input(x, image_size):
-    """Images [n, 3, h, w] in [-1, 1] as networks for ImageNet take them: standardised.
+def imagenet_input(x, size, mode):
+    """Images [n, 3, h, w] in [-1, 1] as networks for ImageNet take them -> [n, 3, size, size].
 
-    They are resized to image_size, unless that is None.
+    Standardised by ImageNet's mean and std, and resized with antialias; mode: "bilinear" or
+    "bicubic".
     """
     # By plain numbers: a tensor of them would be copied to the GPU in every call, which waits.
     channels = zip(float32_at_least(x).unbind(1), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     x = torch.stack([((channel + 1) / 2 - mean) / std for channel, mean, std in channels], 1)
-    if image_size is None:
-        return x
-    return F.interpolate(x, (image_size, image_size), mode="bilinear", antialias=True)
+    return F.interpolate(x, (size, size), mode=mode, antialias=True)
 
 
 class ConvNeXtV2(nn.Module, Pretrained):
@@ -466,7 +471,7 @@ class ConvNeXtV2(nn.Module, Pretrained):
         and stds of all four, the last one's std once more as `global_std`; and `global_mean`, the
         final norm of the mean of the last map as it is.
         """
-        x = imagenet_input(x, self.image_size)
+        x = imagenet_input(x, self.image_size, "bilinear")
         embed = self.embeddings["patch_embeddings"]
         x = self.embeddings["layernorm"](embed(x.to(embed.weight.dtype)))           # n 128 56 56
         features = {}
@@ -529,111 +534,133 @@ def mean_and_std(x, dim):
     return mean, ((x - mean).square().mean(dim, keepdim=True) + 1e-6).sqrt()
 
 
-class ResNet50(nn.Module, Pretrained):
-    """ResNet-50, an encoder of pixels with which no MAE is needed (Table 3: MoCo-v2 8.41 FID).
+class DINOv2(nn.Module, Pretrained):
+    """DINOv2 (Oquab et al. 2023), a ViT without registers, as an encoder of pixels.
 
-    Parameters have torchvision's names; its classifier is left out. image_size: side to which
-    images are resized, None: no resizing. It is always in eval mode, as BatchNorm's statistics
-    are those of its training.
+    Parameters have the names of the authors' files. table_side: patches along a side of the
+    position table; image_size: side to which images are resized, a multiple of patch_size.
     """
 
-    def __init__(self, image_size=224):
+    def __init__(self, width=768, depth=12, patch_size=14, table_side=37, image_size=224):
         super().__init__()
-        self.in_channels, self.image_size = 3, image_size
-        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.layer1 = bottlenecks(3, 64, 64, stride=1)
-        self.layer2 = bottlenecks(4, 256, 128, stride=2)
-        self.layer3 = bottlenecks(6, 512, 256, stride=2)
-        self.layer4 = bottlenecks(3, 1024, 512, stride=2)
-        self.eval()
-
-    def train(self, mode=True):
-        return super().train(False)
+        self.in_channels = 3
+        self.image_size = image_size
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.mask_token = nn.Parameter(torch.zeros(1, width))  # used in its own training alone
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + table_side**2, width))
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch_size, patch_size)})
+        self.blocks = nn.ModuleList(DINOv2Block(width) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def features(self, x):
-        """x [n, 3, h, w] in [-1, 1], of any size -> {name: [n, T, C]} of the four stages' maps."""
-        x = imagenet_input(x, self.image_size).to(self.conv1.weight.dtype)
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = F.max_pool2d(x, 3, 2, 1)                                                # n 64 56 56
+        """x [n, 3, h, w] in [-1, 1], of any size -> {name: [n, T, C]}.
+
+        `dinov2`, the map of patches, and `dinov2_blkN`, those after a quarter, half and three
+        quarters of the blocks, each after the final norm and with the statistics of
+        `multi_scale_features`; and `dinov2_cls`, the class token.
+        """
+        x = imagenet_input(x, self.image_size, "bicubic")
+        x = self.patch_embed["proj"](x.to(self.cls_token.dtype))                    # n d 16 16
+        side = x.shape[2]
+        x = rearrange(x, "n d h w -> n (h w) d")
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)                # n (1 + T) d
+        x = x + self.positions(side)
+        depth = len(self.blocks)
+        quarters = [math.ceil(k * depth / 4) for k in (1, 2, 3)]
+        names = {i: f"dinov2_blk{i}" for i in quarters}
+        names[depth] = "dinov2"
         maps = {}
-        for i, stage in enumerate((self.layer1, self.layer2, self.layer3, self.layer4), 1):
-            x = stage(x)
-            maps[f"resnet_layer{i}"] = x  # an MAE beside it has a `layer1` too
-        return multi_scale_features(maps)
+        for i, block in enumerate(self.blocks, 1):
+            x = block(x)
+            if i in names:
+                y = self.norm(x)
+                maps[names[i]] = rearrange(y[:, 1:], "n (h w) d -> n d h w", h=side)
+        return {"dinov2_cls": y[:, :1], **multi_scale_features(maps)}
+
+    def positions(self, side):
+        """The position table for side x side patches [1, 1 + side^2, d]."""
+        table_side = math.isqrt(self.pos_embed.shape[1] - 1)
+        if side == table_side:
+            return self.pos_embed
+        table = rearrange(self.pos_embed[:, 1:], "n (h w) d -> n d h w", h=table_side)
+        # By this factor, as the authors do: by the size itself outputs differ by 1% of their std.
+        factor = (side + 0.1) / table_side
+        table = F.interpolate(float32_at_least(table), scale_factor=factor, mode="bicubic")
+        table = rearrange(table, "n d h w -> n (h w) d").to(self.pos_embed.dtype)
+        return torch.cat([self.pos_embed[:, :1], table], 1)
 
 
-def bottlenecks(depth, c_in, width, stride):
-    blocks = [Bottleneck(4 * width, width, stride=1) for _ in range(depth - 1)]
-    return nn.Sequential(Bottleneck(c_in, width, stride), *blocks)
+class DINOv2Block(nn.Module):
+    """Transformer block: norm, attention, scale of each channel; norm, MLP, scale."""
 
-
-class Bottleneck(nn.Module):
-    """1x1, 3x3 (which has the stride), 1x1 convolution; four times `width` channels come out."""
-
-    def __init__(self, c_in, width, stride):
+    def __init__(self, width):
         super().__init__()
-        self.conv1 = nn.Conv2d(c_in, width, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(4 * width)
-        self.downsample = nn.Sequential()  # without layers: the identity
-        if c_in != 4 * width:
-            self.downsample.append(nn.Conv2d(c_in, 4 * width, 1, stride, bias=False))
-            self.downsample.append(nn.BatchNorm2d(4 * width))
+        # The files do not say it: 64 channels a head in all published sizes, 16 in tiny ones.
+        self.num_heads = width // 64 if width % 64 == 0 else width // 16
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = nn.ModuleDict(
+            {"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
+        self.ls1 = nn.ParameterDict({"gamma": torch.ones(width)})
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = nn.ModuleDict(
+            {"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
+        self.ls2 = nn.ParameterDict({"gamma": torch.ones(width)})
 
     def forward(self, x):
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = F.relu(self.bn2(self.conv2(y)))
-        return F.relu(self.bn3(self.conv3(y)) + self.downsample(x))
+        q, k, v = rearrange(self.attn["qkv"](self.norm1(x)),
+                            "n t (three heads d) -> three n heads t d",
+                            three=3, heads=self.num_heads)
+        y = F.scaled_dot_product_attention(q, k, v)                                 # n heads t d
+        y = self.attn["proj"](rearrange(y, "n heads t d -> n t (heads d)"))
+        x = x + self.ls1["gamma"] * y
+        y = self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
+        return x + self.ls2["gamma"] * y
 
 
 LATENT_SCALE = 0.18215  # latents are this times the VAE's, so that their variance is about 1
-SD_VAE = "hf://stabilityai/sd-vae-ft-mse"  # what all --vae options mean by themselves
-VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
-VAE_FORMS = (VAE_FILES, ("config.json", "diffusion_pytorch_model.bin"))
+SD_VAE = "hf://stabilityai/sd-vae-ft-mse"  # the default of all --vae options
+VAE_FILES = (("config.json", "diffusion_pytorch_model.safetensors"),
+             ("config.json", "diffusion_pytorch_model.bin"))
 
 
-def load_vae(path=SD_VAE, device="cpu", chunk=16, wanted=None):
+def load_vae(path=SD_VAE, device="cpu", sha256=None):
     """The SD-VAE (diffusers' AutoencoderKL) of a folder or the Hub, frozen; bfloat16 on a GPU.
 
-    chunk: images in work at a time, which bounds the memory whatever their number: 2 GB an image
-    where gradients are kept, 0.2 GB where not. wanted: sha256 of the weights that made the latents
-    at hand. Raises UsageError for what is no such VAE.
+    sha256: of the weights with which the latents at hand were made. Another VAE would decode them
+    to images that are wrong, and raises UsageError.
     """
-    weights = find_files(path, VAE_FORMS)[1]
-    if wanted not in (None, sha256(weights)):
-        raise UsageError(f"--vae {path} is not the VAE that made the latents here: its sha256 is "
-                         f"{sha256(weights)}, that of theirs {wanted}")
-    from diffusers import AutoencoderKL  # takes three seconds: only who decodes waits for it
+    weights = find_files(path, VAE_FILES)[1]
+    with open(weights, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 not in (None, found):
+        raise UsageError(f"--vae {path} is not the VAE that made the latents: its sha256 is "
+                         f"{found}, that of theirs {sha256}")
+    from diffusers import AutoencoderKL  # takes three seconds, which other commands need not wait
     from diffusers.utils import logging
     logging.set_verbosity_error()
-    safe = weights.suffix == ".safetensors"
-    try:
-        net, misfits = AutoencoderKL.from_pretrained(
-            weights.parent, use_safetensors=safe, low_cpu_mem_usage=False, output_loading_info=True)
-    except Exception as error:  # diffusers has many kinds for a folder that is not whole
-        raise UsageError(f"{weights}: no AutoencoderKL of diffusers ({error})") from error
-    if any(misfits.values()):  # diffusers would fill them with random numbers
-        raise UsageError(f"{weights}: not the weights of its config ({str(misfits):.200})")
-    if net.config.scaling_factor != LATENT_SCALE:
-        raise UsageError(f"{path}: its latents are scaled by {net.config.scaling_factor}, "
-                         f"these models' by {LATENT_SCALE}")
-    vae = VAE(net, chunk)
-    vae.weights_file = weights
+    net, misfits = AutoencoderKL.from_pretrained(
+        weights.parent, use_safetensors=weights.suffix == ".safetensors", low_cpu_mem_usage=False,
+        output_loading_info=True)
+    assert not any(misfits.values()), misfits  # diffusers would fill them with random numbers
+    assert net.config.scaling_factor == LATENT_SCALE
+    vae = VAE(net)
+    vae.sha256 = found
     on_gpu = torch.device(device).type == "cuda"
     return vae.to(device, torch.bfloat16 if on_gpu else torch.float32)
 
 
 class VAE(nn.Module):
-    """Images [n, 3, 8h, 8w] in [-1, 1] <-> latents [n, 4, h, w], `chunk` of them at a time."""
+    """Images [n, 3, 8h, 8w] in [-1, 1] <-> latents [n, 4, h, w], `chunk` of them at a time.
 
-    def __init__(self, net, chunk=16):
+    That bounds the memory whatever n: 2 GB an image where gradients are kept, else 0.2 GB.
+    """
+
+    chunk = 16
+    sha256 = None
+
+    def __init__(self, net):
         super().__init__()
         self.net = net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        self.chunk = chunk
         self.downsampling = 2 ** (len(net.config.block_out_channels) - 1)
 
     def decode(self, latents):
@@ -660,15 +687,14 @@ class VAE(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------
-# Loading: checkpoints of ours, artifacts of the authors', transformers'; in a folder or on the Hub
+# Loading: checkpoints of ours, artifacts of the authors', of others; in a folder or on the Hub
 
 # A new encoder is a class derived from nn.Module and Pretrained, with `in_channels` and `features`
 # as MAE has them, and an entry here. YOURS(...).save_pretrained(FOLDER) then writes weights and
 # the constructor's arguments (numbers, lists) for --encoder FOLDER and load_encoder to read.
 # Images come in float32, weights are bfloat16 under --bf16: cast the images to their type.
-# Several encoders must name features apart; `global` is that of the samples themselves.
-ENCODERS = {"mae": MAE, "convnextv2": ConvNeXtV2, "resnet50": ResNet50}
-BUILT_FROM_FILES = (Generator, MAE, ConvNeXtV2, ResNet50)  # all of their tensors are in files
+# Names of features must differ between encoders; `global` is that of the samples themselves.
+ENCODERS = {"mae": MAE, "convnextv2": ConvNeXtV2, "dinov2": DINOv2}
 
 # hf://NAME: the authors' weights on the Hub, and W-Flow's, which are single files.
 PUBLISHED = {place.split("/")[-1]: f"Goodeat/drifting/models/{place}" for place in (
@@ -680,202 +706,201 @@ PUBLISHED |= {f"wflow_{name}": f"jiaqihan99/W-Flow/checkpoints/latent_{file}.pt"
     "ablation": "ablation_ot/state_00030000", "B": "sota_B_ot/state_00200000",
     "L": "sota_L_ot/state_00200000", "XL": "sota_XL_ot/state_00180000"}.items()}
 
-# What describes a model and what holds its weights, in the order in which they are looked for:
-# the authors' artifact; our files, or transformers'; before safetensors; the authors' older names.
-FLAX_FILES = ("metadata.json", "ema_params.msgpack")
-OUR_FILES = ("config.json", "model.safetensors")
-MODEL_FILES = (FLAX_FILES, OUR_FILES, ("config.json", "pytorch_model.bin"),
-               ("ema_model.metadata.json", "ema_model.msgpack"))
-SINGLE_FILES = (".pt", ".pth", ".pth.tar", ".safetensors")  # W-Flow's, and those of a ResNet50
+# The files of a model, its description and its weights, in the order in which they are looked for:
+# the authors' artifact; ours and transformers'; transformers' before safetensors.
+MODEL_FILES = (("metadata.json", "ema_params.msgpack"), ("config.json", "model.safetensors"),
+               ("config.json", "pytorch_model.bin"))
 
 
-def load_generator(path, keep_converted=True):
+def load_generator(path):
     """Generator in eval mode and float32.
 
     path: a run or checkpoint folder, a folder of the authors' artifact, W-Flow's state_*.pt or its
     folder, or on the Hub hf://NAME (one of PUBLISHED) or hf://USER/REPO[/SUBFOLDER][@REVISION].
-    keep_converted: a download that is no safetensors is kept as such too, beside the Hub's cache,
-    and read from there next time.
-    Raises UsageError for what cannot be had, damaged files, another kind of model, and weights
-    that are not the model's one by one.
     """
-    return load(path, {"generator": Generator}, keep_converted)
+    return load_model(path, {"generator": Generator})
 
 
-def load_encoder(path, keep_converted=True):
-    """One of ENCODERS, as `load_generator`, or a ResNet50's file. `in_channels`: what it takes.
-
-    A ResNet50 that leaves images at their size: {"model_type": "resnet50", "image_size": null} in
-    a config.json beside its file, which is called model.safetensors or pytorch_model.bin then.
-    """
-    return load(path, ENCODERS, keep_converted)
+def load_encoder(path):
+    """One of ENCODERS, as `load_generator`; also transformers' ConvNeXt-V2 and DINOv2, and the
+    latter's .pth of the authors'."""
+    return load_model(path, ENCODERS)
 
 
-def load(path, classes, keep_converted):
-    files = find_files(path, MODEL_FILES)
-    return read_model(*files, classes)
-
-
-def read_model(description, weights, classes):
-    """The model of two files, which must be one of `classes`, {kind: class}."""
+def load_model(path, classes):
+    """The network of a path in eval mode and float32; its class is one of {kind: class}."""
+    description, weights = find_files(path, MODEL_FILES)
     state = read_weights(weights)
-    config = read_config(description, state)
+    config = {}
+    if description.suffix == ".json":
+        config = json.loads(description.read_text())
     origin = config.pop("origin", {})
-    kind = str(config.pop("model_type", kind_of_tensors(state)))
-    if kind not in classes:
-        raise UsageError(f"{description}: a model of kind {kind:.40}, wanted is "
-                         f"{' or '.join(classes)}")
+    kind = config.pop("model_type", None) or kind_of_tensors(state)
     if weights.suffix == ".msgpack":
-        config = release_config(description, config, kind)
+        config = release_config(config, kind)
+    elif weights.name.startswith("state_"):
+        config = wflow_config(state)
     elif kind == "convnextv2":
-        config, state = from_transformers(config, state)
-    elif kind == "resnet50":
-        state = from_torchvision(weights, state)
-
-    cls = classes[kind]
-    device = "cpu"  # an encoder of yours may compute in its constructor what is in no file
-    if cls in BUILT_FROM_FILES:
-        check_config(description, config, cls, state)
-        device = "meta"  # without memory: what was read becomes the parameters
-    try:
-        with torch.device(device):
-            net = cls(**config)
-    except UsageError as error:
-        raise UsageError(f"{description}: {error}") from None
-    try:
-        net.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        raise UsageError(f"{weights}: not the weights of its config ({error})") from None
-    check_origin(description, origin, net)
+        config, state = from_convnext(config, state)
+    elif kind == "dinov2" and "width" not in config:  # then it is not one of ours
+        config, state = from_dinov2(state)
+    if kind not in classes:
+        raise UsageError(f"{path} holds a network of kind {kind}, not {' or '.join(classes)}")
+    with parameters_on_meta():
+        net = classes[kind](**config)
+    net.load_state_dict(state, assign=True)
     net.origin = origin
-    return net.float().eval()  # float32, however they were saved
+    return net.float().eval()  # in float32 whatever the type in the file
 
 
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+@contextlib.contextmanager
+def parameters_on_meta():
+    """Networks built inside have parameters without memory, which a file's tensors then replace.
+
+    Buffers are real, so that those which a constructor computes and no file holds have values.
+    """
+    register = nn.Module.register_parameter
+    normal = torch.Tensor.normal_
+
+    def register_on_meta(module, name, parameter):
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    def skip_on_meta(tensor, *args, **options):  # for which torch imports its compiler: a second
+        return tensor if tensor.is_meta else normal(tensor, *args, **options)
+
+    nn.Module.register_parameter = register_on_meta
+    torch.Tensor.normal_ = skip_on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+        torch.Tensor.normal_ = normal
+
+
+def kind_of_tensors(state):
+    """Where no model_type says it: of the authors' artifacts and of single files."""
+    if "class_embed.weight" in state:
+        return "generator"
+    if "cls_token" in state:
+        return "dinov2"
+    return "mae"
 
 
 def digest(net):
-    """sha256 of a network's tensors: which one it is, wherever it lies."""
+    """sha256 of a network's tensors, which is the same wherever its files are."""
     result = hashlib.sha256()
     for tensor in net.state_dict().values():
         result.update(tensor.cpu().contiguous().numpy())
     return result.hexdigest()
 
 
-def kind_of_tensors(state):
-    """Of the authors' artifacts, our first checkpoints and single files."""
-    if "class_embed.weight" in state:
-        return "generator"
-    if any(name.endswith("layer1.0.conv1.weight") for name in state):
-        return "resnet50"
-    return "mae"
+def latest_checkpoint(run):
+    """The newest step_* folder of a run, or None. One that is being written has another name."""
+    return max(Path(run).glob("step_" + "[0-9]" * 8), default=None)
 
 
-def read_config(file, state):
-    """What a file of JSON says; a single file of weights says what its tensors tell."""
-    try:
-        if file.suffix == ".json":
-            return dict(json.loads(file.read_text()))
-        return wflow_config(state) if file.name.startswith("state_") else {}
-    except (OSError, ValueError, TypeError, RecursionError, LookupError, ArithmeticError) as error:
-        raise UsageError(f"{file}: damaged, or no model ({error})") from error
+def find_files(path, forms):
+    """[description, weights]: the first of the pairs of names `forms` that `path` holds.
 
-
-def check_config(file, config, cls, state):
-    """Raises UsageError for what cls(**config) has no use for, before it takes time or memory.
-
-    Sizes are axes of the tensors, or small: no other number is believed.
+    A single file is both. From the Hub only these files are downloaded, under huggingface_hub's
+    own settings (HF_HOME, ...).
     """
-    parameters = inspect.signature(cls).parameters
-    most = max([1024, *(n for tensor in state.values() for n in tensor.shape)])
-    for name, value in config.items():
-        if name not in parameters:
-            raise UsageError(f"{file}: {cls.__name__} has no {name} here")
-        if value is None and name in ("out_channels", "cond_dim", "image_size"):
-            continue
-        default = parameters[name].default
-        several = isinstance(default, tuple)
-        values = value if several and isinstance(value, (list, tuple)) else [value]
-        kinds = {float: (float, int), bool: (bool,)}.get(type(default), (int,))
-        zero_is_sound = name in ("n_cls_tokens", "noise_classes", "noise_coords", "attn_fp32")
-        least = 0 if zero_is_sound else 1e-12
-        sound = all(type(n) in kinds and least <= n <= most for n in values)
-        if not sound or len(values) > 64 or several != isinstance(value, (list, tuple)):
-            raise UsageError(f"{file}: {name} {str(value):.40} is no size of these weights")
+    if str(path).startswith("hf://"):
+        return download(str(path), forms)
+    folder = latest_checkpoint(path) or Path(path)
+    if folder.is_file():
+        return [folder, folder]
+    if any(folder.glob("state_*.pt")):
+        return [max(folder.glob("state_*.pt"))] * 2
+    if (folder / "params_ema").is_dir():  # a run of the authors' code
+        folder = folder / "params_ema"
+    for names in forms:
+        if all((folder / name).is_file() for name in names):
+            return [folder / name for name in names]
+    raise UsageError(f"{path}: no weights there: neither {' nor '.join(map(str, forms))}. On the "
+                     "Hub it would be hf://NAME or hf://USER/REPO")
 
 
-def check_origin(file, origin, net):
-    """Raises UsageError for what `Pretrained` does not write there."""
-    sound = isinstance(origin, dict) and origin.keys() <= {"classes", "vae"}
-    names = origin.get("classes", []) if sound else []
-    sound = sound and isinstance(names, list) and len(names) in (0, getattr(net, "num_classes", 0))
-    if not sound or not all(isinstance(text, str) for text in [*names, origin.get("vae", "")]):
-        raise UsageError(f"{file}: damaged, origin holds no names of classes and hash of a VAE")
+def download(path, forms):
+    """`find_files` on the Hub: paths in huggingface_hub's cache."""
+    name, _, revision = path.removeprefix("hf://").partition("@")
+    parts = PUBLISHED.get(name, name).strip("/").split("/")
+    if len(parts) < 2:
+        raise UsageError(f"{path}: neither hf://USER/REPO[/SUBFOLDER][@REVISION] nor one of "
+                         f"{', '.join(PUBLISHED)}")
+    if parts[-1].endswith((".pt", ".pth")):
+        file = parts.pop()
+        forms = [(file, file)]
+    place = dict(repo_id="/".join(parts[:2]), subfolder="/".join(parts[2:]),
+                 revision=revision or None)
+    for names in forms:
+        try:
+            return [Path(hf_hub_download(filename=name, **place)) for name in names]
+        except errors.EntryNotFoundError as error:
+            reason = error
+    raise UsageError(f"{path}: no weights downloaded. huggingface_hub says: {reason}") from reason
 
 
 def read_weights(file):
-    """{our name: tensor}, of flax, of safetensors, or of PyTorch's format without its code."""
-    try:
-        if file.suffix == ".msgpack":
-            return from_flax(read_flax(file))
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        if file.name.startswith("state_"):  # mapped: the optimizer never comes into memory
-            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            loaded = loaded["ema_model"]
-            state = {our_name(name, WFLOW_NAMES): x.detach() for name, x in loaded.items()}
-            if len(state) < len(loaded):
-                raise ValueError("two tensors have the same name here")
-            return stack_styles(state)
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
-        loaded = loaded.get("state_dict", loaded)
-        others = [name for name, value in loaded.items() if not torch.is_tensor(value)]
-        if others:
-            raise ValueError(f"{str(others[0]):.40} is no tensor: save a state_dict alone")
-        return {str(name): tensor.detach() for name, tensor in loaded.items()}
-    except pickle.UnpicklingError as error:
-        raise UsageError(f"{file}: damaged, or no weights, or objects beside them, which would be "
-                         "code to run: save a state_dict alone") from error
-    except Exception as error:  # each has many kinds for bytes that are not what they should be
-        raise UsageError(f"{file}: damaged, or no weights ({error})") from error
+    """{our name: tensor}, of flax, of safetensors, or of PyTorch's format without running code."""
+    if file.suffix == ".msgpack":
+        return from_flax(read_flax(file))
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    if file.name.startswith("state_"):  # W-Flow's. Mapped: its optimizer never comes into memory
+        saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["ema_model"]
+        return stack_styles({our_name(name, WFLOW_NAMES): x.detach() for name, x in saved.items()})
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def from_transformers(config, state):
-    """config.json and weights of a ConvNeXt-V2 of transformers, or of a classifier, as ours.
+# --------------------------------------------------------------------------------------------
+# The formats of others: a table of patterns in a name, each with what takes its place, in this
+# order; and the constructor's arguments
 
-    Classes' names, versions and dropout are left out of the config.
-    """
+def our_name(name, table):
+    """LightningDiT_0/blocks_0/Attention_0/TorchLinear_0/Dense_0/kernel -> blocks.0.qkv.weight"""
+    for pattern, ours in table.items():
+        name = re.sub(pattern, ours, name)
+    return name.replace("/", ".")
+
+
+# ConvNeXt-V2 of transformers. In files of before May 2023 the response normalisation has gamma and
+# beta.
+CONVNEXT_NAMES = {r"^convnextv2\.": "", "grn.gamma": "grn.weight", "grn.beta": "grn.bias"}
+
+
+def from_convnext(config, state):
+    """config.json and weights of transformers' ConvNeXt-V2, with or without classifier, as ours."""
     ours = inspect.signature(ConvNeXtV2).parameters
     config = {key: value for key, value in config.items() if key in ours}
-    # In files of before May 2023 the response normalisation has gamma and beta.
-    names = {"^convnextv2.": "", "grn.gamma": "grn.weight", "grn.beta": "grn.bias"}
-    state = {our_name(name, names): tensor for name, tensor in state.items()
+    state = {our_name(name, CONVNEXT_NAMES): tensor for name, tensor in state.items()
              if not name.startswith("classifier.")}
     return config, state
 
 
-def from_torchvision(file, state):
-    """A ResNet's tensors under torchvision's names, without prefix, classifier and projection.
-
-    Prefixes are those of MoCo-v2 (module.encoder_q.; encoder_k. is its average) and of conversions
-    of SimCLR (backbone. and the like). A projection may have a bn1 too: the network is what has a
-    layer1. Raises UsageError where there are two networks.
-    """
-    first = "layer1.0.conv1.weight"
-    prefixes = [name.removesuffix(first) for name in state
-                if name.endswith(first) and "encoder_k." not in name]
-    if len(prefixes) > 1:
-        raise UsageError(f"{file}: holds several networks, of which one is wanted: their names "
-                         f"begin with {' and '.join(sorted(prefixes))}")
-    prefix = prefixes[0] if prefixes else ""  # without a layer1 all its tensors are missed, by name
-    wanted = re.compile(re.escape(prefix) + r"((conv1|bn1|layer\d)\..*)")
-    matches = {name: wanted.fullmatch(name) for name in state}
-    return {match[1]: state[name] for name, match in matches.items() if match}
+# DINOv2 of transformers, as the authors' files.
+DINOV2_NAMES = {
+    r"^embeddings\.": "", "^position_embeddings": "pos_embed", r"^encoder\.layer\.": "blocks.",
+    r"^patch_embeddings\.projection": "patch_embed.proj", "^layernorm": "norm",
+    r"attention\.attention\.": "attn.", r"attention\.output\.dense": "attn.proj",
+    r"layer_scale(\d)\.lambda1": r"ls\1.gamma"}
 
 
-# Of a name in W-Flow's files: a pattern, and what takes its place, in this order.
+def from_dinov2(state):
+    """Arguments and weights of a DINOv2 of the authors' or of transformers, by its tensors."""
+    state = {our_name(name, DINOV2_NAMES): tensor for name, tensor in state.items()}
+    for name in [name for name in state if ".query." in name]:
+        parts = [state.pop(name.replace("query", part)) for part in ("query", "key", "value")]
+        state[name.replace("query", "qkv")] = torch.cat(parts)
+    width, _, _, patch_size = state["patch_embed.proj.weight"].shape
+    depth = sum(name.endswith(".attn.qkv.weight") for name in state)
+    table_side = math.isqrt(state["pos_embed"].shape[1] - 1)
+    return dict(width=width, depth=depth, patch_size=patch_size, table_side=table_side), state
+
+
+# W-Flow's generators.
 WFLOW_NAMES = {
     r"\.linear\.(weight|bias)$": r".\1", r"^model\.": "", "^cfg_embedder.fc1": "alpha_embed.0",
     "^cfg_embedder.fc2": "alpha_embed.2", "^cfg_norm": "alpha_norm", "^c_token_proj": "cls_proj",
@@ -898,92 +923,19 @@ def wflow_config(state):
         noise_coords=styles, n_cls_tokens=state["cls_embed"].shape[1])
 
 
-def checkpoints(run):
-    """Whole `step_*` folders of a run, newest first: what is being written has another name."""
-    return sorted(Path(run).glob("step_" + "[0-9]" * 8), reverse=True)
-
-
-def latest_checkpoint(run):
-    return next(iter(checkpoints(run)), None)
-
-
-def find_files(path, forms):
-    """Paths of the files of the first of the forms, pairs of names, that `path` holds.
-
-    A single file describes itself. From the Hub only these are downloaded, under huggingface_hub's
-    own settings (HF_HOME, ...).
-    """
-    wanted = " or ".join(weights for _, weights in forms)
-    if str(path).startswith("hf://"):
-        return download(str(path), forms, wanted)
-    folder = latest_checkpoint(path) or Path(path)
-    if folder.is_file() and folder.name.endswith(SINGLE_FILES) and forms == MODEL_FILES:
-        return [folder, folder]
-    if any(folder.glob("state_*.pt")):
-        return [max(folder.glob("state_*.pt"))] * 2
-    if (folder / "params_ema").is_dir():  # a run of the authors' code
-        folder = folder / "params_ema"
-    for names in forms:
-        if all((folder / name).is_file() for name in names):
-            return [folder / name for name in names]
-    raise UsageError(f"{path}: there is no {wanted} with its config, nor in its newest step_*; on "
-                     "the Hub it would be hf://NAME or hf://USER/REPO")
-
-
-def download(path, forms, wanted):
-    name, _, revision = path.removeprefix("hf://").partition("@")
-    parts = PUBLISHED.get(name, name).strip("/").split("/")
-    if len(parts) < 2 or "" in parts or ".." in path:
-        raise UsageError(f"{path}: neither hf://USER/REPO[/SUBFOLDER][@REVISION] nor one of "
-                         f"{', '.join(PUBLISHED)}")
-    if len(parts) > 2 and parts[-1].endswith(SINGLE_FILES):
-        wanted = parts.pop()
-        forms = [(wanted, wanted)]
-    place = dict(repo_id="/".join(parts[:2]), subfolder="/".join(parts[2:]),
-                 revision=revision or None)
-    for names in forms:
-        try:
-            return [download_file(name, place) for name in names]
-        except errors.EntryNotFoundError as error:
-            reason = error
-            if isinstance(error, errors.LocalEntryNotFoundError):
-                place["local_files_only"] = True  # that the Hub is out of reach took half a minute
-        except UsageError:
-            raise
-        except Exception as error:  # of the repository, the network, the disk
-            reason = error
-            break
-    raise UsageError(f"{path}: no {wanted} downloaded. huggingface_hub says: {reason}") from reason
-
-
-def download_file(name, place):
-    """A file of the Hub. A new one is compared with its sha256, by which the cache names it."""
-    cached = try_to_load_from_cache(
-        place["repo_id"], f"{place['subfolder']}/{name}".lstrip("/"), revision=place["revision"])
-    file = Path(hf_hub_download(filename=name, **place))
-    blob = file.resolve().name
-    if not isinstance(cached, str) and re.fullmatch("[0-9a-f]{64}", blob) and sha256(file) != blob:
-        file.resolve().unlink()
-        raise UsageError(f"{name} of {place['repo_id']}: damaged on its way: run again")
-    return file
-
-
-# --------------------------------------------------------------------------------------------
-# The authors' format: metadata.json and a tree of arrays in msgpack, as flax writes it
-
-# What their code fills in where model_config has no such key.
+# The authors' release: metadata.json and a tree of arrays in msgpack, as flax writes it.
+# These are what their code fills in where model_config has no such key.
 RELEASE_DEFAULTS = {
     "generator": dict(
         input_size=32, in_channels=3, out_channels=3, patch_size=2, hidden_size=1152, depth=28,
         num_heads=16, num_classes=1001, noise_classes=0, noise_coords=1, n_cls_tokens=0,
         attn_fp32=True),
     "mae": dict(in_channels=3, base_channels=64, layers=(2, 2, 2, 2), patch_size=4)}
-# Precision and memory are the caller's choice here, dropout acts in training alone, and without
-# one of the first three a generator has other tensors, which is seen by itself.
+# Precision and memory are the caller's choice here, dropout acts in training alone, and a generator
+# without one of the first three has other tensors, which strict loading finds.
 NOT_OURS = ("use_qknorm", "use_swiglu", "use_rmsnorm", "use_rope", "use_bf16", "use_remat",
             "dropout_prob")
 
-# Pattern in a path: our name, in this order; then / becomes a dot.
 FLAX_NAMES = {
     "/Dense_0": "", "^Embed_0": "class_embed", r"^noise_embeds_(\d+)/\w+": r"style_embed.\1",
     "^TimestepEmbedder_0/TorchLinear_0": "alpha_embed.0", "^RMSNorm_0": "alpha_norm",
@@ -995,31 +947,28 @@ FLAX_NAMES = {
     "FinalLayer_0/TorchLinear_0": "final_adaln", "FinalLayer_0/TorchLinear_1": "final_linear",
     "TorchLinear_0": "adaln", "RMSNorm_0": "norm1", "RMSNorm_1": "norm2",
     "(stages|layers)_": r"\1.", "(kernel|scale|embedding)$": "weight"}
-FLAX_DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64,
-               "bfloat16": torch.bfloat16, "V2": torch.bfloat16}  # V2: its name in older files
 
 
-def release_config(file, metadata, kind):
+def release_config(metadata, kind):
     """The constructor's arguments. Of metadata.json only `model_config` has to be there."""
-    config = metadata.get("model_config")
-    if not isinstance(config, dict):
-        raise UsageError(f"{file}: has no model_config")
-    if kind == "generator" and not config.get("use_rope"):
-        raise UsageError(f"{file}: a generator without use_rope, which is not built here")
+    config = metadata["model_config"]
+    # Rotary positions have no tensors: without this, such a generator would load and be wrong.
+    assert kind != "generator" or config.get("use_rope"), "a generator without use_rope"
     config = {**RELEASE_DEFAULTS[kind], **config}
     return {key: value for key, value in config.items() if key not in NOT_OURS}
 
 
 def read_flax(file):
-    """A flax msgpack file -> the tree, of maps and tensors, and nothing else is built.
+    """A flax msgpack file -> the tree of maps and tensors.
 
     An array is ext type 1 around msgpack of (shape, dtype, bytes), one of over 2^30 bytes a map of
     chunks. A map `params` around the tree is taken off.
     """
     def array(code, data):
         mapped.madvise(mmap.MADV_DONTNEED)  # what has been read need not stay in memory
-        shape, dtype, values = msgpack.unpackb(data)
-        return torch.frombuffer(bytearray(values), dtype=FLAX_DTYPES[dtype]).reshape(shape)
+        shape, name, values = msgpack.unpackb(data)
+        dtype = torch.bfloat16 if name == "V2" else getattr(torch, name)  # V2: in older files
+        return torch.frombuffer(bytearray(values), dtype=dtype).reshape(shape)
 
     with open(file, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         tree = msgpack.unpackb(mapped, ext_hook=array)
@@ -1037,14 +986,12 @@ def from_flax(tree):
         if isinstance(node, torch.Tensor):
             if path.endswith("kernel") and node.ndim > 1:
                 node = node.movedim((-1, -2), (0, 1))
-            state[our_name(path)] = node.clone(memory_format=torch.contiguous_format)
+            state[our_name(path, FLAX_NAMES)] = node.clone(memory_format=torch.contiguous_format)
         elif isinstance(node, dict) and "__msgpack_chunked_array__" in node:
             chunks = torch.cat(list(node["chunks"].values()))
             tree[path] = chunks.reshape(list(node["shape"].values()))
-        elif isinstance(node, dict):
-            tree.update({f"{path}/{key}": child for key, child in node.items()})
         else:
-            raise ValueError(f"{path} is a {type(node).__name__}, not an array")
+            tree.update({f"{path}/{key}": child for key, child in node.items()})
     return stack_styles(state)
 
 
@@ -1056,13 +1003,6 @@ def stack_styles(state):
     if tables:
         state["style_embed"] = torch.stack(tables)
     return state
-
-
-def our_name(path, names=FLAX_NAMES):
-    """LightningDiT_0/blocks_0/Attention_0/TorchLinear_0/Dense_0/kernel -> blocks.0.qkv.weight"""
-    for pattern, ours in names.items():
-        path = re.sub(pattern, ours, path)
-    return path.replace("/", ".")
 
 
 # --------------------------------------------------------------------------------------------
