@@ -1,4 +1,4 @@
-"""What several tests share: fixtures, arrays in torch's layout, the authors' artifact format."""
+"""What several tests share: fixtures, arrays in torch's layout, the formats of others."""
 import functools
 import json
 import os
@@ -43,6 +43,9 @@ def same_weights(a, b):
     return a.keys() == b.keys() and all(torch.equal(p, b[name]) for name, p in a.items())
 
 
+# --------------------------------------------------------------------------------------------
+# The authors' format
+
 def flax_array(array, name=None):
     raw = msgpack.packb((array.shape, name or array.dtype.name, array.tobytes()))
     return msgpack.ExtType(1, raw)
@@ -75,65 +78,57 @@ def write_flax(path, arrays):
         write(tree)
 
 
-def published(kind):
+KINDS = {"gen": ("gen_ablation", "generator", model.Generator),
+         "mae": ("mae_latent_256", "mae", model.MAE)}
+
+
+def published(kind, **sizes):
     """A published artifact without its numbers, "gen": ablation or "mae": mae_latent_256.
 
-    Returns metadata.json as it is on the Hub, and the tree {path: shape}.
+    Returns metadata.json as it is on the Hub but for `sizes`, the tree {path: shape}, and the
+    network that the metadata describe, without memory.
     """
-    name = {"gen": "gen_ablation", "mae": "mae_latent_256"}[kind]
+    name, model_type, cls = KINDS[kind]
     artifact = json.loads((FIXTURES / f"published/{name}.json").read_text())
-    return artifact["metadata"], {path: shape for path, (shape, _) in artifact["tree"].items()}
+    metadata = artifact["metadata"]
+    metadata["model_config"].update(sizes)
+    with model.parameters_on_meta():
+        net = cls(**model.release_config(metadata, model_type))
+    return metadata, {path: shape for path, (shape, _) in artifact["tree"].items()}, net
 
 
 def random_artifact(folder, kind, **sizes):
-    """A published artifact with random weights, or its like of other sizes.
+    """A published artifact with random weights, or its like of other sizes, under the real names.
 
-    Metadata and names are the real ones; a generator has as many blocks and style tables as
-    `depth` and `noise_coords` say.
+    The first block and the first style table stand for all.
     """
-    metadata, shapes = published(kind)
-    metadata["model_config"].update(sizes)
-    if sizes:
-        shapes = resized(shapes, kind, metadata)
+    metadata, tree, net = published(kind, **sizes)
     rng = np.random.default_rng(0)
 
     def numbers(path, shape):
+        if path.endswith("kernel"):
+            shape = (*shape[2:], shape[1], shape[0])
         if len(shape) > 1:
             return rng.standard_normal(shape, np.float32) * np.float32(np.prod(shape[:-1]) ** -0.5)
         centre = float(not path.endswith("bias"))
         return (centre + 0.02 * rng.standard_normal(shape)).astype(np.float32)
 
+    paths = {model.our_name(path, model.FLAX_NAMES): path for path in tree}
+    arrays = {}
+    for name, tensor in net.state_dict().items():
+        block = re.match(r"blocks\.(\d+)", name)
+        if name == "style_embed":
+            for i in range(len(tensor)):
+                path = f"noise_embeds_{i}/embedding"
+                arrays[path] = functools.partial(numbers, path, tensor.shape[1:])
+        else:
+            path = paths[re.sub(r"blocks\.\d+", "blocks.0", name)]
+            path = path.replace("blocks_0/", f"blocks_{block and block[1]}/")
+            arrays[path] = functools.partial(numbers, path, tensor.shape)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metadata.json").write_text(json.dumps(metadata))
-    write_flax(folder / "ema_params.msgpack",
-               {path: functools.partial(numbers, path, shape) for path, shape in shapes.items()})
+    write_flax(folder / "ema_params.msgpack", arrays)
     return folder
-
-
-def resized(shapes, kind, metadata):
-    """The published names with the shapes, in flax's layout, of the model of these metadata."""
-    kind = {"gen": "generator", "mae": "mae"}[kind]
-    config = model.release_config("metadata.json", metadata, kind)
-    with torch.device("meta"):
-        net = {"generator": model.Generator, "mae": model.MAE}[kind](**config)
-    state = {name: list(p.shape) for name, p in net.state_dict().items()}
-    for i in range(config.get("noise_coords", 0)):
-        state[f"style_embed.{i}"] = state["style_embed"][1:]
-    paths = []
-    for path in shapes:  # the first block and the first style table stand for all
-        if "blocks_0/" in path:
-            paths += [path.replace("blocks_0/", f"blocks_{i}/") for i in range(config["depth"])]
-        elif "noise_embeds_0/" in path:
-            paths += [f"noise_embeds_{i}/embedding" for i in range(config["noise_coords"])]
-        elif not re.search("(blocks|noise_embeds)_", path):
-            paths.append(path)
-    out = {}
-    for path in paths:
-        shape = state[model.our_name(path)]
-        if path.endswith("kernel"):
-            shape = [*shape[2:], shape[1], shape[0]]
-        out[path] = shape
-    return out
 
 
 def published_generator(size):
@@ -146,105 +141,6 @@ def published_generator(size):
 # Sizes that make an artifact of 2 MB under the published names.
 SMALL_GENERATOR = dict(cond_dim=48, hidden_size=48)
 SMALL_MAE = dict(base_channels=8)
-
-
-def ranks(n, *command, **options):
-    """n processes of a script, set up as by torchrun, whose own start would take two seconds."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=str(n),
-                 LOCAL_WORLD_SIZE=str(n))
-    processes = []
-    for i in range(n):
-        environment = {**os.environ, **place, "RANK": str(i), "LOCAL_RANK": str(i)}
-        processes.append(subprocess.Popen(
-            [sys.executable, *map(str, command)], env=environment, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, **options))
-    return processes
-
-
-def small_vae(folder):
-    """A real AutoencoderKL of the SD-VAE's form, 1000 times smaller, with random weights."""
-    from diffusers import AutoencoderKL
-    torch.manual_seed(0)
-    net = AutoencoderKL(
-        block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4, sample_size=256,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
-    net.save_pretrained(folder)
-    return folder
-
-
-def old_vae(folder, safetensors):
-    """The small VAE in the form of stabilityai/sd-vae-ft-mse.
-
-    Known, from the repository's pages and from copies of its config.json elsewhere on the Hub:
-    config.json, .bin and .safetensors (335 MB each); of the config the keys below, without a
-    scaling_factor, in 547 bytes of October 2022. Assumed: that attention's layers have diffusers'
-    names of that time.
-    """
-    source = small_vae(folder / "now")
-    config = json.loads((source / "config.json").read_text())
-    keys = ("act_fn", "block_out_channels", "down_block_types", "in_channels", "latent_channels",
-            "layers_per_block", "norm_num_groups", "out_channels", "sample_size", "up_block_types")
-    config = {"_class_name": "AutoencoderKL", "_diffusers_version": "0.4.2",
-              **{key: config[key] for key in keys}}
-    (folder / "config.json").write_text(json.dumps(config))
-    state = load_file(source / "diffusion_pytorch_model.safetensors")
-    for now, before in {"to_q": "query", "to_k": "key", "to_v": "value",
-                        "to_out.0": "proj_attn"}.items():
-        names = [name for name in state if f".{now}." in name]
-        assert len(names) == 4
-        for name in names:
-            state[name.replace(now, before)] = state.pop(name)
-    if safetensors:
-        save_file(state, folder / "diffusion_pytorch_model.safetensors")
-        (folder / "diffusion_pytorch_model.bin").write_bytes(b"not looked at")
-    else:
-        torch.save(state, folder / "diffusion_pytorch_model.bin")
-    return folder
-
-
-# What facebook/convnextv2-base-22k-224 has beside the network's sizes in its config.json. Known,
-# from the repository's pages: 70 kB, as ConvNextV2ForImageClassification saves it, with a name of
-# each class. Assumed: these keys, which transformers 4.27 writes.
-TRANSFORMERS = {
-    "architectures": ["ConvNextV2ForImageClassification"], "drop_path_rate": 0.0,
-    "id2label": {"0": "tench", "1": "goldfish"}, "initializer_range": 0.02,
-    "label2id": {"goldfish": 1, "tench": 0}, "num_stages": 4, "out_features": ["stage4"],
-    "out_indices": [4], "problem_type": "single_label_classification",
-    "stage_names": ["stem", "stage1", "stage2", "stage3", "stage4"], "torch_dtype": "float32",
-    "transformers_version": "4.27.0.dev0"}
-
-
-def convnext_of_transformers(folder, safetensors):
-    """The fixture's network in the form of facebook/convnextv2-base-22k-224, a classifier.
-
-    Known, from the repository's pages: until 2025 it had pytorch_model.bin alone, whose response
-    normalisation has gamma and beta; a pull request named "Renaming *.grn.gamma -> *.grn.weight"
-    brings model.safetensors. Assumed: that it was merged there, as in its siblings.
-    """
-    source = FIXTURES / "convnextv2_tiny"
-    config = json.loads((source / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **TRANSFORMERS}))
-    state = load_file(source / "model.safetensors")  # "convnextv2." before every name
-    state |= {"classifier.weight": torch.zeros(2, 64), "classifier.bias": torch.zeros(2)}
-    if safetensors:
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "pytorch_model.bin").write_bytes(b"not looked at")
-    else:
-        state = {name.replace("grn.weight", "grn.gamma").replace("grn.bias", "grn.beta"): tensor
-                 for name, tensor in state.items()}
-        assert any("grn.gamma" in name for name in state)
-        torch.save(state, folder / "pytorch_model.bin")
-    return folder
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    """A file's tests stay in one process: what they share, and start beside them, is made once."""
-    from xdist.scheduler import LoadFileScheduling
-    return LoadFileScheduling(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -263,3 +159,90 @@ def mae_artifact(tmp_path_factory):
     write_flax(folder / "ema_params.msgpack", arrays)
     (folder / "metadata.json").write_bytes((source / "metadata.json").read_bytes())
     return folder
+
+
+# --------------------------------------------------------------------------------------------
+# diffusers' and transformers' formats
+
+def small_vae(folder):
+    """A real AutoencoderKL of the SD-VAE's form, 1000 times smaller, with random weights."""
+    from diffusers import AutoencoderKL
+    torch.manual_seed(0)
+    net = AutoencoderKL(
+        block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4, sample_size=256,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+    net.save_pretrained(folder)
+    return folder
+
+
+def old_vae(folder, safetensors):
+    """The small VAE in the form of stabilityai/sd-vae-ft-mse, of October 2022.
+
+    Known from its pages: .bin and .safetensors, a config without a scaling_factor. Assumed: that
+    attention's layers have diffusers' names of that time.
+    """
+    source = small_vae(folder / "now")
+    config = json.loads((source / "config.json").read_text())
+    del config["scaling_factor"]
+    (folder / "config.json").write_text(json.dumps({**config, "_diffusers_version": "0.4.2"}))
+    state = load_file(source / "diffusion_pytorch_model.safetensors")
+    for now, before in {"to_q": "query", "to_k": "key", "to_v": "value",
+                        "to_out.0": "proj_attn"}.items():
+        for name in [name for name in state if f".{now}." in name]:
+            state[name.replace(now, before)] = state.pop(name)
+    if safetensors:
+        save_file(state, folder / "diffusion_pytorch_model.safetensors")
+        (folder / "diffusion_pytorch_model.bin").write_bytes(b"not looked at")
+    else:
+        torch.save(state, folder / "diffusion_pytorch_model.bin")
+    return folder
+
+
+def convnext_of_transformers(folder, safetensors):
+    """The fixture's network in the form of facebook/convnextv2-base-22k-224, a classifier.
+
+    Known from its pages: until 2025 it had pytorch_model.bin alone, whose response normalisation
+    has gamma and beta; a pull request renames them and brings model.safetensors.
+    """
+    source = FIXTURES / "convnextv2_tiny"
+    config = json.loads((source / "config.json").read_text())
+    others = {"architectures": ["ConvNextV2ForImageClassification"], "drop_path_rate": 0.0,
+              "id2label": {"0": "tench", "1": "goldfish"}, "torch_dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps({**config, **others}))
+    state = load_file(source / "model.safetensors")  # "convnextv2." before every name
+    state |= {"classifier.weight": torch.zeros(2, 64), "classifier.bias": torch.zeros(2)}
+    if safetensors:
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "pytorch_model.bin").write_bytes(b"not looked at")
+    else:
+        state = {name.replace("grn.weight", "grn.gamma").replace("grn.bias", "grn.beta"): tensor
+                 for name, tensor in state.items()}
+        assert any("grn.gamma" in name for name in state)
+        torch.save(state, folder / "pytorch_model.bin")
+    return folder
+
+
+# --------------------------------------------------------------------------------------------
+# Processes
+
+def ranks(n, *command, **options):
+    """n processes of a script, set up as by torchrun, whose own start would take two seconds."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=str(n),
+                 LOCAL_WORLD_SIZE=str(n))
+    processes = []
+    for i in range(n):
+        environment = {**os.environ, **place, "RANK": str(i), "LOCAL_RANK": str(i)}
+        processes.append(subprocess.Popen(
+            [sys.executable, *map(str, command)], env=environment, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, **options))
+    return processes
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests stay in one process: what they share, and start beside them, is made once."""
+    from xdist.scheduler import LoadFileScheduling
+    return LoadFileScheduling(config, log)
