@@ -12,7 +12,6 @@ import hashlib
 import inspect
 import json
 import math
-import mmap
 import os
 import re
 import shutil
@@ -20,6 +19,7 @@ import sys
 import time
 from collections import OrderedDict
 from pathlib import Path
+from unittest import mock
 
 import msgpack
 import torch
@@ -37,13 +37,12 @@ from drift import float32_at_least, multi_scale_features
 CHECKPOINT = dict(use_reentrant=False, preserve_rng_state=False)  # of torch.utils.checkpoint
 
 
-class Pretrained(PyTorchModelHubMixin, library_name="drifting", license="mit",
-                 tags=["drifting"], paper_url="https://arxiv.org/abs/2602.04770"):
+class Pretrained(PyTorchModelHubMixin, library_name="drifting", license="mit"):
     """save_pretrained, from_pretrained, push_to_hub of huggingface_hub, strict about weights.
 
-    config.json holds the constructor's arguments; `model_type`, from which the class is found when
-    the network is loaded: "generator" or its name in ENCODERS; and `origin`: the names of the
-    classes that a trained network knows, and the sha256 of the VAE of its latents.
+    config.json holds the constructor's arguments; `model_type`: "generator" or the class's name in
+    ENCODERS; and `origin`: the names of a trained network's classes, and the sha256 of the VAE
+    that made its latents.
     """
 
     origin = {}
@@ -53,11 +52,10 @@ class Pretrained(PyTorchModelHubMixin, library_name="drifting", license="mit",
         config = {**(self._hub_mixin_config or {}), "model_type": names[type(self)]}
         if self.origin:
             config["origin"] = self.origin
-        result = super().save_pretrained(save_directory, **{**options, "config": config})
-        # safetensors lets the owner alone read its files; config.json has the umask's mode.
+        super().save_pretrained(save_directory, **{**options, "config": config})
+        # safetensors lets the owner alone read its files; config.json has the mode of all others.
         folder = Path(save_directory)
         shutil.copymode(folder / "config.json", folder / "model.safetensors")
-        return result
 
     @classmethod
     def _from_pretrained(cls, **options):
@@ -139,7 +137,7 @@ class Generator(nn.Module, Pretrained):
             nn.init.zeros_(self.head[-1].bias)
 
     def embed_label(self, class_labels):
-        """Labels [n] -> [n, cond_dim]. This alone knows what a label is: here a class's number."""
+        """Labels [n] -> [n, cond_dim]: the one place that knows what a label is, here a class."""
         return self.class_embed(class_labels)
 
     def condition(self, class_labels, cfg_scale, style_indices):
@@ -160,7 +158,7 @@ class Generator(nn.Module, Pretrained):
     def forward(self, noise, class_labels, cfg_scale, style_indices):
         """noise [n, c, h, w], class_labels [n], cfg_scale [n] (alpha), style_indices
         [n, noise_coords] -> samples [n, c, h, w]."""
-        # What has one row, token or style where there should be more would be broadcast in silence.
+        # Without these, one row or one style would be broadcast to all in silence.
         assert noise.shape[1:] == (self.in_channels, self.input_size, self.input_size)
         assert len(class_labels) == len(cfg_scale) == len(noise)
         assert style_indices.shape == (len(noise), self.noise_coords)
@@ -429,12 +427,9 @@ class GroupNorm(nn.GroupNorm):
 # Networks of others: ConvNeXt-V2 and DINOv2, whose features are of pixels, and the SD-VAE
 
 def imagenet_input(x, size, mode):
-    """Images [n, 3, h, w] in [-1, 1] as networks for ImageNet take them -> [n, 3, size, size].
-
-    Standardised by ImageNet's mean and std, and resized with antialias; mode: "bilinear" or
-    "bicubic".
-    """
-    # By plain numbers: a tensor of them would be copied to the GPU in every call, which waits.
+    """Images [n, 3, h, w] in [-1, 1] -> [n, 3, size, size], standardised by ImageNet's mean and
+    std and resized with antialias; mode: "bilinear" or "bicubic"."""
+    # Plain numbers, since a tensor of them would be copied to the GPU in every call.
     channels = zip(float32_at_least(x).unbind(1), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     x = torch.stack([((channel + 1) / 2 - mean) / std for channel, mean, std in channels], 1)
     return F.interpolate(x, (size, size), mode=mode, antialias=True)
@@ -530,8 +525,8 @@ class ChannelNorm(nn.LayerNorm):
 
 def mean_and_std(x, dim):
     """Mean and biased standard deviation along one axis, which is kept."""
-    mean = x.mean(dim, keepdim=True)
-    return mean, ((x - mean).square().mean(dim, keepdim=True) + 1e-6).sqrt()
+    variance, mean = torch.var_mean(x, dim, correction=0, keepdim=True)
+    return mean, (variance + 1e-6).sqrt()
 
 
 class DINOv2(nn.Module, Pretrained):
@@ -626,8 +621,7 @@ VAE_FILES = (("config.json", "diffusion_pytorch_model.safetensors"),
 def load_vae(path=SD_VAE, device="cpu", sha256=None):
     """The SD-VAE (diffusers' AutoencoderKL) of a folder or the Hub, frozen; bfloat16 on a GPU.
 
-    sha256: of the weights with which the latents at hand were made. Another VAE would decode them
-    to images that are wrong, and raises UsageError.
+    sha256: of the weights that made the latents at hand, which another VAE would decode wrongly.
     """
     weights = find_files(path, VAE_FILES)[1]
     with open(weights, "rb") as file:
@@ -722,8 +716,7 @@ def load_generator(path):
 
 
 def load_encoder(path):
-    """One of ENCODERS, as `load_generator`; also transformers' ConvNeXt-V2 and DINOv2, and the
-    latter's .pth of the authors'."""
+    """One of ENCODERS, as `load_generator`; also transformers' folders, DINOv2's .pth files."""
     return load_model(path, ENCODERS)
 
 
@@ -760,27 +753,23 @@ def parameters_on_meta():
     Buffers are real, so that those which a constructor computes and no file holds have values.
     """
     register = nn.Module.register_parameter
-    normal = torch.Tensor.normal_
+    draw = torch.Tensor.normal_
 
     def register_on_meta(module, name, parameter):
         if parameter is not None:
             parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
         register(module, name, parameter)
 
-    def skip_on_meta(tensor, *args, **options):  # for which torch imports its compiler: a second
-        return tensor if tensor.is_meta else normal(tensor, *args, **options)
+    def draw_unless_meta(tensor, *args, **options):  # torch would import its compiler: a second
+        return tensor if tensor.is_meta else draw(tensor, *args, **options)
 
-    nn.Module.register_parameter = register_on_meta
-    torch.Tensor.normal_ = skip_on_meta
-    try:
+    with (mock.patch.object(nn.Module, "register_parameter", register_on_meta),
+          mock.patch.object(torch.Tensor, "normal_", draw_unless_meta)):
         yield
-    finally:
-        nn.Module.register_parameter = register
-        torch.Tensor.normal_ = normal
 
 
 def kind_of_tensors(state):
-    """Where no model_type says it: of the authors' artifacts and of single files."""
+    """For the authors' artifacts and single files, which have no model_type."""
     if "class_embed.weight" in state:
         return "generator"
     if "cls_token" in state:
@@ -824,7 +813,6 @@ def find_files(path, forms):
 
 
 def download(path, forms):
-    """`find_files` on the Hub: paths in huggingface_hub's cache."""
     name, _, revision = path.removeprefix("hf://").partition("@")
     parts = PUBLISHED.get(name, name).strip("/").split("/")
     if len(parts) < 2:
@@ -856,8 +844,7 @@ def read_weights(file):
 
 
 # --------------------------------------------------------------------------------------------
-# The formats of others: a table of patterns in a name, each with what takes its place, in this
-# order; and the constructor's arguments
+# The formats of others. In the tables of names, each pattern is replaced in turn
 
 def our_name(name, table):
     """LightningDiT_0/blocks_0/Attention_0/TorchLinear_0/Dense_0/kernel -> blocks.0.qkv.weight"""
@@ -866,8 +853,7 @@ def our_name(name, table):
     return name.replace("/", ".")
 
 
-# ConvNeXt-V2 of transformers. In files of before May 2023 the response normalisation has gamma and
-# beta.
+# transformers' ConvNeXt-V2. Files from before May 2023 have gamma and beta.
 CONVNEXT_NAMES = {r"^convnextv2\.": "", "grn.gamma": "grn.weight", "grn.beta": "grn.bias"}
 
 
@@ -880,7 +866,7 @@ def from_convnext(config, state):
     return config, state
 
 
-# DINOv2 of transformers, as the authors' files.
+# transformers' DINOv2: to the names of the authors' files.
 DINOV2_NAMES = {
     r"^embeddings\.": "", "^position_embeddings": "pos_embed", r"^encoder\.layer\.": "blocks.",
     r"^patch_embeddings\.projection": "patch_embed.proj", "^layernorm": "norm",
@@ -965,18 +951,17 @@ def read_flax(file):
     chunks. A map `params` around the tree is taken off.
     """
     def array(code, data):
-        mapped.madvise(mmap.MADV_DONTNEED)  # what has been read need not stay in memory
         shape, name, values = msgpack.unpackb(data)
         dtype = torch.bfloat16 if name == "V2" else getattr(torch, name)  # V2: in older files
         return torch.frombuffer(bytearray(values), dtype=dtype).reshape(shape)
 
-    with open(file, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        tree = msgpack.unpackb(mapped, ext_hook=array)
+    with open(file, "rb") as f:  # read an array at a time, as the whole may be 10 GB
+        tree = msgpack.Unpacker(f, ext_hook=array, max_buffer_size=0).unpack()
     return tree.get("params", tree)
 
 
 def from_flax(tree):
-    """A tree of arrays -> our state dict. `tree` is emptied on the way, as it may take 10 GB.
+    """A tree of arrays -> our state dict. `tree` is emptied on the way, to halve the memory.
 
     flax kernels are (in, out) and (h, w, in, out), ours (out, in) and (out, in, h, w).
     """
