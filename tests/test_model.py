@@ -76,37 +76,14 @@ def test_convnext_matches_the_release():
     check_gradient(encoder, x[:1, :, ::2, ::2], step=1e-5)
 
 
-def authors_names(state):
-    """transformers' DINOv2 under the names of the authors' dinov2_vit*14_pretrain.pth."""
-    names = {"embeddings.cls_token": "cls_token", "embeddings.mask_token": "mask_token",
-             "embeddings.position_embeddings": "pos_embed",
-             "embeddings.patch_embeddings.projection": "patch_embed.proj", "layernorm": "norm",
-             "encoder.layer": "blocks", "attention.output.dense": "attn.proj",
-             "layer_scale1.lambda1": "ls1.gamma", "layer_scale2.lambda1": "ls2.gamma"}
-    result = {}
-    for name, tensor in state.items():
-        if ".key." in name or ".value." in name:
-            continue
-        if ".query." in name:
-            tensor = torch.cat([state[name.replace("query", part)]
-                                for part in ("query", "key", "value")])
-            name = name.replace("attention.attention.query", "attn.qkv")
-        for theirs, authors in names.items():
-            name = name.replace(theirs, authors)
-        result[name] = tensor
-    return result
-
-
-@pytest.mark.parametrize("naming", ["transformers", "authors"])
-def test_dinov2_matches_the_authors(tmp_path, naming):
-    """Class token, patches and three maps before them, at 56 pixels with a table for 70."""
-    path = DINOV2
-    if naming == "authors":
-        path = tmp_path / "dinov2_vitt14_pretrain.pth"
-        torch.save(authors_names(load_file(DINOV2 / "model.safetensors")), path)
-    io = np.load(DINOV2 / "outputs.npz")
-    encoder = model.load_encoder(path)
+@pytest.mark.parametrize("file", ["model.safetensors", "dinov2_vitt14_pretrain.pth"])
+def test_dinov2_matches_the_authors(tmp_path, file):
+    """transformers' names and the authors'; at 56 pixels, by a table of positions for 70."""
+    encoder = model.load_encoder(DINOV2 if file == "model.safetensors" else DINOV2 / file)
     assert encoder.image_size == 224
+    encoder.save_pretrained(tmp_path)
+    assert same_weights(model.load_encoder(tmp_path), encoder)
+    io = np.load(DINOV2 / "outputs.npz")
     encoder.image_size = int(io["image_size"])
     x = torch.from_numpy(io["images"]) / 127.5 - 1
     assert relative_error(model.imagenet_input(x, 56, "bicubic"), io["input"]) < 1e-5
@@ -117,14 +94,12 @@ def test_dinov2_matches_the_authors(tmp_path, naming):
     for i in (1, 2, 3):
         expected = io[f"block_{i - 1}"].reshape(3, 48, 16)
         assert relative_error(features[f"dinov2_blk{i}"].mT, expected) < 1e-5
-    assert "dinov2_mean_2" in features and "dinov2_blk1_std" in features
-    encoder.save_pretrained(tmp_path / "ours")
-    again = model.load_encoder(tmp_path / "ours")
-    assert same_weights(again, encoder) and again.image_size == 224
+    assert {"dinov2_mean", "dinov2_std_2", "dinov2_blk1_std"} <= features.keys()
+    assert encoder.positions(5) is encoder.pos_embed  # at its own size it is used as it is
     check_gradient(encoder, x[:1], step=1e-5)
 
 
-@pytest.mark.parametrize("depth, names", [(12, {3, 6, 9}), (2, {1}), (5, {2, 3, 4}), (1, set())])
+@pytest.mark.parametrize("depth, names", [(12, {3, 6, 9}), (5, {2, 3, 4}), (2, {1}), (1, set())])
 def test_dinov2_maps_of_the_quarters(depth, names):
     """Of few blocks two quarters are the same map, and the last is `dinov2`."""
     net = model.DINOv2(width=16, depth=depth, table_side=2, image_size=28)
@@ -132,14 +107,6 @@ def test_dinov2_maps_of_the_quarters(depth, names):
     maps = {name for name in features if name.startswith("dinov2_blk") and name.count("_") == 1}
     assert maps == {f"dinov2_blk{i}" for i in names}
     assert features["dinov2"].shape == (2, 4, 16) and features["dinov2_cls"].shape == (2, 1, 16)
-
-
-def test_dinov2_position_table_at_its_own_size():
-    net = model.DINOv2(width=16, depth=1, table_side=5)
-    nn.init.normal_(net.pos_embed)
-    assert net.positions(5) is net.pos_embed
-    assert net.positions(3).shape == (1, 10, 16)
-    assert torch.equal(net.positions(3)[:, 0], net.pos_embed[:, 0])
 
 
 def check_gradient(encoder, x, step):
@@ -279,21 +246,19 @@ def test_fresh_generator_starts_at_zero_and_learns_everywhere(head_channels):
 
 def test_the_head_is_added_to_the_patches(tmp_path):
     """0, the paper's, adds no tensors; its width is in config.json, and it starts as nothing."""
-    plain = small_generator()
-    with_head = small_generator(head_channels=4)
+    plain, with_head = small_generator(), small_generator(head_channels=4)
     nn.init.normal_(plain.final_linear.weight)
-    assert not any(name.startswith("head.") for name in plain.state_dict())
     misfits = with_head.load_state_dict(plain.state_dict(), strict=False)
     assert misfits.missing_keys == [f"head.{i}.{x}" for i in (0, 2, 4) for x in ("weight", "bias")]
     args = small_arguments()
     x = plain(*args)
     assert torch.equal(with_head(*args), x)
     nn.init.normal_(with_head.head[4].weight)
-    y = with_head.head[2](nn.functional.silu(with_head.head[0](x)))
-    expected = x + with_head.head[4](nn.functional.silu(y))
-    assert torch.allclose(with_head(*args), expected)
     with_head.save_pretrained(tmp_path)
-    assert torch.equal(model.load_generator(tmp_path)(*args), with_head(*args))
+    again = model.load_generator(tmp_path)
+    first, _, second, _, third = again.head
+    silu = nn.functional.silu
+    assert torch.allclose(again(*args), x + third(silu(second(silu(first(x))))), atol=1e-5)
 
 
 @pytest.mark.parametrize("wrong", [
@@ -310,15 +275,10 @@ def test_what_would_be_broadcast_in_silence_is_refused(wrong):
 def test_a_label_may_be_any_number(monkeypatch):
     """A continuous condition is one function of the generator."""
     net = small_generator()
-    for p in net.parameters():
-        nn.init.normal_(p, std=0.1)
-    monkeypatch.setattr(net, "embed_label",
-                        lambda labels: torch.cos(labels[:, None] * torch.arange(32)))
-    noise, labels, alpha, styles = small_arguments()
-    other = labels + torch.tensor([0, 0, 0, 0, 0, 0.25])
-    moved = (net(noise, other, alpha, styles) - net(noise, labels, alpha, styles)).abs().amax(
-        (1, 2, 3))
-    assert moved[:5].max() < 1e-6 and moved[5] > 1e-3
+    monkeypatch.setattr(net, "embed_label", lambda labels: labels[:, None] * torch.ones(32))
+    _, labels, alpha, styles = small_arguments()
+    moved = net.condition(labels + 0.25, alpha, styles) - net.condition(labels, alpha, styles)
+    assert torch.allclose(moved, torch.full((6, 32), 0.25), atol=1e-5)
 
 
 ARGUMENTS = (torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
@@ -372,28 +332,25 @@ def test_masked_positions_alone_count():
 def test_own_checkpoint_round_trip(tmp_path):
     """Bits, kind and origin; a run is its newest checkpoint. Older checkpoints have no `model_type`
     and no `origin`: their kind shows in the keys."""
-    torch.manual_seed(0)
-    mae = model.MAE(in_channels=1, base_channels=8, layers=(1, 1), num_classes=2).eval()
     generator = model.load_generator(TINY)
     generator.origin = {"classes": list("abcdefg"), "vae": "0"}
+    mae = model.MAE(in_channels=1, base_channels=8, layers=(1, 1), num_classes=2)
     for step in (900, 1000):
         generator.save_pretrained(tmp_path / f"run/step_{step:08d}")
     mae.save_pretrained(tmp_path / "mae")
     again = model.load_generator(tmp_path / "run")
     assert again.origin == generator.origin and not again.training
     assert model.latest_checkpoint(tmp_path / "run").name == "step_00001000"
-    assert model.latest_checkpoint(tmp_path / "mae") is None
     assert model.digest(again) == model.digest(generator) != model.digest(mae)
-    assert torch.equal(again(*ARGUMENTS), generator(*ARGUMENTS))
-    again = model.Generator.from_pretrained(tmp_path / "run/step_00001000")
-    assert torch.equal(again(*ARGUMENTS), generator(*ARGUMENTS))
-    for folder in (tmp_path / "run/step_00001000", tmp_path / "mae"):
-        config = json.loads((folder / "config.json").read_text())
-        del config["model_type"]
-        config.pop("origin", None)
-        (folder / "config.json").write_text(json.dumps(config))
+    folder = tmp_path / "run/step_00001000"
+    for net in (again, model.Generator.from_pretrained(folder)):
+        assert torch.equal(net(*ARGUMENTS), generator(*ARGUMENTS))
+    for file in (folder / "config.json", tmp_path / "mae/config.json"):
+        config = json.loads(file.read_text())
+        file.write_text(json.dumps({key: value for key, value in config.items()
+                                    if key not in ("model_type", "origin")}))
     again = model.load_generator(tmp_path / "run")
-    assert torch.equal(again(*ARGUMENTS), generator(*ARGUMENTS)) and again.origin == {}
+    assert same_weights(again, generator) and again.origin == {}
     assert same_weights(model.load_encoder(tmp_path / "mae"), mae)
     with pytest.raises(model.UsageError, match="kind mae, not generator"):
         model.load_generator(tmp_path / "mae")
@@ -425,26 +382,23 @@ def test_weights_have_the_mode_that_the_umask_asks_for(tmp_path):
 
 
 def test_sixteen_bit_weights_are_used_in_float32(tmp_path):
-    generator = model.load_generator(TINY)
-    generator.bfloat16().save_pretrained(tmp_path)
+    small_generator().bfloat16().save_pretrained(tmp_path)
     dtypes = {p.dtype for p in model.load_generator(tmp_path).parameters()}
     assert dtypes == {torch.float32}
 
 
 @pytest.mark.parametrize("name, default, given", [
-    ("dropout", 0.0, 0.25), ("causal", False, True), ("activation", "silu", "relu"),
-    ("width", None, 3)])
+    ("dropout", 0.0, 0.25), ("causal", False, True), ("activation", "silu", "relu")])
 def test_an_argument_of_ones_own(tmp_path, monkeypatch, name, default, given):
-    """Whatever its type: its default and its value are saved and found again."""
-    code = f"""
+    """Whatever its type, and a buffer that the constructor computes: saved and found again."""
+    scope = {"model": model, "torch": torch}
+    exec(f"""
 class Edited(model.Generator):
     def __init__(self, input_size=32, hidden_size=768, num_heads=12, depth=12, {name}={default!r}):
         super().__init__(input_size, hidden_size=hidden_size, num_heads=num_heads, depth=depth)
         self.{name} = {name}
         self.register_buffer("window", torch.hann_window(input_size), persistent=False)
-"""
-    scope = {"model": model, "torch": torch}
-    exec(code, scope)
+""", scope)
     monkeypatch.setattr(model, "Generator", scope["Edited"])
     for options in ({}, {name: given}):
         net = model.Generator(8, 32, 2, 1, **options)
@@ -455,7 +409,7 @@ class Edited(model.Generator):
 
 
 class Stranger(nn.Module, model.Pretrained):
-    """What somebody adds: buffers that are computed or drawn, a BatchNorm's counter, a tensor."""
+    """What somebody adds: buffers that are computed or drawn, a BatchNorm's counter."""
 
     def __init__(self, width=4):
         super().__init__()
@@ -464,11 +418,10 @@ class Stranger(nn.Module, model.Pretrained):
         self.norm = nn.BatchNorm2d(width)
         self.register_buffer("mean", torch.tensor([0.4, 0.5, 0.6]), persistent=False)
         self.register_buffer("drawn", torch.empty(width).normal_())
-        self.scale = torch.tensor(2.0)
 
     def features(self, x):
-        x = (x - self.mean[:, None, None]) * self.scale
-        return {"map": self.norm(self.conv(x)).flatten(2).mT * self.drawn}
+        x = self.norm(self.conv(x - self.mean[:, None, None]))
+        return {"map": x.flatten(2).mT * self.drawn}
 
 
 class Plain(nn.Module, model.Pretrained):
@@ -480,7 +433,7 @@ class Plain(nn.Module, model.Pretrained):
         self.register_buffer("kernel", torch.ones(1, 3, 2, 2) / 12, persistent=False)
 
     def features(self, x):
-        return {"blurred": nn.functional.conv2d(x, self.kernel).flatten(2).mT}
+        return {"map": nn.functional.conv2d(x, self.kernel).flatten(2).mT}
 
 
 def test_a_new_encoder_is_a_class_and_an_entry(tmp_path, monkeypatch):
@@ -493,8 +446,7 @@ def test_a_new_encoder_is_a_class_and_an_entry(tmp_path, monkeypatch):
         net.features(x)  # moves the running statistics
         net.eval().save_pretrained(tmp_path)
         again = model.load_encoder(tmp_path)
-        (name, expected), = net.features(x).items()
-        assert torch.equal(again.features(x)[name], expected) and not again.training
+        assert torch.equal(again.features(x)["map"], net.features(x)["map"]) and not again.training
 
 
 def test_a_bug_in_a_constructor_keeps_its_traceback(tmp_path, monkeypatch):
@@ -513,15 +465,11 @@ def test_a_bug_in_a_constructor_keeps_its_traceback(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------
 # The authors' format, as the real files are
 
-LOADERS = {"gen": model.load_generator, "mae": model.load_encoder}
-SMALL = {"gen": SMALL_GENERATOR, "mae": SMALL_MAE}
-
-
 @pytest.fixture(scope="module")
 def artifacts(tmp_path_factory):
     """Folders of small artifacts with published metadata and published names, by kind."""
     return {kind: random_artifact(tmp_path_factory.mktemp(kind), kind, **sizes)
-            for kind, sizes in SMALL.items()}
+            for kind, sizes in (("gen", SMALL_GENERATOR), ("mae", SMALL_MAE))}
 
 
 @pytest.mark.parametrize("kind, tensors, parameters", [
@@ -545,58 +493,31 @@ def test_the_published_trees_are_these_networks(kind, tensors, parameters):
 def test_a_published_artifact_draws_and_gives_features(artifacts):
     """metadata.json has no `format`, as on the Hub; kernels are turned, and tables stacked."""
     assert "format" not in json.loads((artifacts["gen"] / "metadata.json").read_text())
-    generator = model.load_generator(artifacts["gen"])
-    assert len(generator.blocks) == 12 and generator.blocks[0].attn_fp32
+    generator, mae = model.load_generator(artifacts["gen"]), model.load_encoder(artifacts["mae"])
+    assert generator.blocks[0].attn_fp32 and (mae.num_classes, mae.patch_size) == (1000, 2)
     noise = torch.randn(2, 4, 32, 32)
     with torch.no_grad():
         x = generator(noise, torch.tensor([1, 999]), torch.ones(2), torch.randint(64, (2, 32)))
-    assert x.shape == noise.shape and x.isfinite().all() and x.std() > 0
+        features = mae.features(noise)
+    assert x.isfinite().all() and x.std() > 0
+    assert len(features) == 85 and all(f.isfinite().all() for f in features.values())
     raw = model.read_flax(artifacts["gen"] / "ema_params.msgpack")
     kernel = raw["LightningDiT_0"]["blocks_11"]["SwiGLUFFN_0"]["TorchLinear_2"]["Dense_0"]["kernel"]
     assert torch.equal(generator.blocks[11].mlp_out.weight, kernel.T)
     assert torch.equal(generator.style_embed[31], raw["noise_embeds_31"]["embedding"])
-
-    mae = model.load_encoder(artifacts["mae"])
-    assert (mae.num_classes, mae.patch_size, mae.in_channels) == (1000, 2, 4)
-    with torch.no_grad():
-        features = mae.features(noise)
-    assert len(features) == 85 and all(f.isfinite().all() for f in features.values())
     raw = model.read_flax(artifacts["mae"] / "ema_params.msgpack")
     kernel = raw["encoder"]["stages_3"]["layers_2"]["conv2"]["kernel"]
     assert torch.equal(mae.encoder.stages[3]["layers"][2].conv2.weight, kernel.permute(3, 2, 0, 1))
 
 
-def tree_of(net):
-    """An MAE's tensors under the release's names, as numpy arrays."""
-    params = {}
-    for name, p in net.state_dict().items():
-        path = name.replace("stages.", "stages_").replace("layers.", "layers_").replace(".", "/")
-        if p.ndim > 1:
-            path = path.removesuffix("weight") + "kernel"
-            p = p.permute(2, 3, 1, 0) if p.ndim == 4 else p.T
-        params[path] = p.numpy()
-    return params
-
-
-@pytest.mark.parametrize("prefix", ["", "params/"])
-def test_what_a_config_leaves_out_is_as_in_the_release(tmp_path, monkeypatch, prefix):
-    """Metadata that hold nothing but an empty model_config, and a tree in a map of its own.
-
-    The release's MAE is 64 wide: here 8, which is quicker.
-    """
-    defaults = model.RELEASE_DEFAULTS["mae"]
-    assert defaults == dict(in_channels=3, base_channels=64, layers=(2, 2, 2, 2), patch_size=4)
-    monkeypatch.setitem(defaults, "base_channels", 8)
-    net = model.MAE(**defaults)
-    write_flax(tmp_path / "ema_params.msgpack",
-               {prefix + path: array for path, array in tree_of(net).items()})
-    (tmp_path / "metadata.json").write_text('{"model_config": {"use_remat": true}}')
-    again = model.load_encoder(tmp_path)
-    assert same_weights(again, net) and (again.patch_size, again.num_classes) == (4, 1000)
+def test_what_a_config_leaves_out_is_as_in_the_release():
+    """Metadata may hold nothing but a model_config, and that no more than what differs."""
+    config = model.release_config({"model_config": {"use_remat": True}}, "mae")
+    assert config == dict(in_channels=3, base_channels=64, layers=(2, 2, 2, 2), patch_size=4)
     config = model.release_config({"model_config": {"use_rope": True}}, "generator")
     assert (config["num_classes"], config["noise_coords"], config["out_channels"]) == (1001, 1, 3)
     assert config["attn_fp32"]
-    with pytest.raises(AssertionError, match="use_rope"):  # would load, and be wrong
+    with pytest.raises(AssertionError, match="use_rope"):  # it would load, and be wrong
         model.release_config({"model_config": {}}, "generator")
 
 
@@ -708,13 +629,9 @@ def test_code_in_pickled_weights_is_not_run(tmp_path, monkeypatch):
     with open("pytorch_model.bin", "wb") as f:
         pickle.dump({"classifier.weight": Code()}, f, protocol=2)
     torch.save({"ema_model": {}, "code": Code()}, "state_00000001.pt")
-    (tmp_path / "vae").mkdir()
-    old_vae(tmp_path / "vae", False)
-    torch.save({"decoder.conv_in.weight": Code()}, "vae/diffusion_pytorch_model.bin")
-    for load, path in ((model.load_encoder, tmp_path), (model.load_vae, "vae"),
-                       (model.load_generator, "state_00000001.pt")):
-        with pytest.raises(Exception):
-            load(path)
+    for path in (tmp_path, "state_00000001.pt"):
+        with pytest.raises(pickle.UnpicklingError):
+            model.load_model(path, model.ENCODERS)
     assert not os.path.exists("it_has_been_run")
 
 
@@ -722,26 +639,21 @@ def test_code_in_pickled_weights_is_not_run(tmp_path, monkeypatch):
 # What all scripts share
 
 def test_a_file_or_a_folder_is_whole_or_not_there(tmp_path):
-    """One that is killed while it writes leaves what was there before, and no hindrance."""
+    """What is killed while it writes leaves what was there before, and no hindrance."""
     file, folder = tmp_path / "x.json", tmp_path / "step_00000001"
     for content in ("first", "second"):
         with model.whole(file) as partial:
             partial.write_text(content)
         with model.whole(folder) as partial:
             partial.mkdir()
-            (partial / content).write_text(content)
+            (partial / content).touch()
+        for path in (file, folder):
+            with pytest.raises(KeyboardInterrupt), model.whole(path) as partial:
+                partial.mkdir()
+                (partial / "half").touch()
+                raise KeyboardInterrupt
         assert file.read_text() == content
         assert [path.name for path in folder.iterdir()] == [content]
-    for path in (file, folder):
-        with pytest.raises(KeyboardInterrupt):
-            with model.whole(path) as partial:
-                partial.mkdir()
-                (partial / "half").write_text("half")
-                raise KeyboardInterrupt
-    assert file.read_text() == "second" and (folder / "second").exists()
-    with model.whole(file) as partial:
-        partial.write_text("third")
-    assert file.read_text() == "third"
 
 
 SCRIPT = f"""
