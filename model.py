@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from drift import float32_at_least, multi_scale_features
 
-CHECKPOINT = dict(use_reentrant=False, preserve_rng_state=False)  # of torch.utils.checkpoint
+CHECKPOINT = dict(use_reentrant=False, preserve_rng_state=False)  # options of `checkpoint`
 
 
 class Pretrained(PyTorchModelHubMixin, library_name="drifting", license="mit"):
@@ -483,7 +483,7 @@ class ConvNeXtV2(nn.Module, Pretrained):
             mean, std = mean_and_std(y, 1)                                          # n 1 c
             features[f"convenxt_stage_{i}_mean"] = mean
             features[f"convenxt_stage_{i}_std"] = std
-        norm = self.layernorm  # of a vector: in float32 whatever the weights are
+        norm = self.layernorm  # in float32, which costs nothing for one vector
         weight, bias = float32_at_least(norm.weight), float32_at_least(norm.bias)
         last = float32_at_least(x).mean((2, 3), keepdim=True).flatten(2).mT         # n 1 c
         features["global_mean"] = F.layer_norm(last, norm.normalized_shape, weight, bias, norm.eps)
@@ -709,8 +709,8 @@ MODEL_FILES = (("metadata.json", "ema_params.msgpack"), ("config.json", "model.s
 def load_generator(path):
     """Generator in eval mode and float32.
 
-    path: a run or checkpoint folder, a folder of the authors' artifact, W-Flow's state_*.pt or its
-    folder, or on the Hub hf://NAME (one of PUBLISHED) or hf://USER/REPO[/SUBFOLDER][@REVISION].
+    path: a run or checkpoint folder, a folder of the authors' artifact, W-Flow's state_*.pt, or
+    on the Hub hf://NAME (one of PUBLISHED) or hf://USER/REPO[/SUBFOLDER][@REVISION].
     """
     return load_model(path, {"generator": Generator})
 
@@ -801,8 +801,6 @@ def find_files(path, forms):
     folder = latest_checkpoint(path) or Path(path)
     if folder.is_file():
         return [folder, folder]
-    if any(folder.glob("state_*.pt")):
-        return [max(folder.glob("state_*.pt"))] * 2
     if (folder / "params_ema").is_dir():  # a run of the authors' code
         folder = folder / "params_ema"
     for names in forms:
