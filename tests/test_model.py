@@ -609,6 +609,31 @@ def test_the_sd_vae_as_it_lies_on_the_hub(tmp_path, safetensors):
         model.load_vae(tmp_path, sha256="0" * 64)
 
 
+def test_the_vae_is_diffusers_with_one_scale_a_chunk_at_a_time(tmp_path):
+    """Latents, images and the decoder's gradient; a chunk is one image on a CPU. The meta device,
+    which has shapes and nothing else, is any other."""
+    from diffusers import AutoencoderKL
+    theirs = AutoencoderKL.from_pretrained(small_vae(tmp_path)).eval()
+    ours = model.load_vae(tmp_path)
+    images, z = torch.rand(2, 3, 32, 32) * 2 - 1, torch.randn(3, 4, 4, 4).requires_grad_()
+    posterior = theirs.encode(images).latent_dist
+    mean, std = ours.encode(images)
+    assert relative_error(mean, posterior.mean.detach() * 0.18215) < 1e-5
+    assert relative_error(std, posterior.std.detach() * 0.18215) < 1e-5
+    decoded, expected = ours.decode(z), theirs.decode(z / 0.18215).sample
+    assert relative_error(decoded.detach(), expected.detach()) < 1e-5
+    weights = torch.randn(3, 3, 32, 32)
+    gradients = [torch.autograd.grad((x * weights).sum(), z)[0] for x in (decoded, expected)]
+    assert relative_error(*gradients) < 1e-5 and not any(p.requires_grad for p in ours.parameters())
+
+    sizes = []
+    ours.net.decoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    ours.decode(torch.zeros(3, 4, 2, 2))
+    ours.chunk = 4
+    assert ours.to("meta").decode(torch.zeros(10, 4, 2, 2, device="meta")).shape == (10, 3, 16, 16)
+    assert sizes == [1, 1, 1, 4, 4, 2]
+
+
 def test_what_is_no_sd_vae_is_refused(tmp_path):
     weights = small_vae(tmp_path) / "diffusion_pytorch_model.safetensors"
     config = json.loads((tmp_path / "config.json").read_text())
