@@ -483,10 +483,10 @@ class ConvNeXtV2(nn.Module, Pretrained):
             mean, std = mean_and_std(y, 1)                                          # n 1 c
             features[f"convenxt_stage_{i}_mean"] = mean
             features[f"convenxt_stage_{i}_std"] = std
-        norm = self.layernorm  # in float32, which costs nothing for one vector
-        weight, bias = float32_at_least(norm.weight), float32_at_least(norm.bias)
-        last = float32_at_least(x).mean((2, 3), keepdim=True).flatten(2).mT         # n 1 c
-        features["global_mean"] = F.layer_norm(last, norm.normalized_shape, weight, bias, norm.eps)
+        norm = self.layernorm
+        last = float32_at_least(x).mean((2, 3))[:, None]                            # n 1 c
+        last = F.layer_norm(last, norm.normalized_shape, eps=norm.eps)
+        features["global_mean"] = last * norm.weight + norm.bias  # float32 whatever the weights
         features["global_std"] = std
         return features
 
@@ -667,8 +667,8 @@ class VAE(nn.Module):
     def encode(self, images):
         """Images -> mean and standard deviation [n, 4, h, w] of their latents, float32."""
         posteriors = [self.net.encode(x).latent_dist for x in self._chunks(images)]
-        mean = torch.cat([posterior.mean.float() for posterior in posteriors])
-        std = torch.cat([posterior.std.float() for posterior in posteriors])
+        mean = torch.cat([posterior.mean for posterior in posteriors]).float()
+        std = torch.cat([posterior.std for posterior in posteriors]).float()
         return mean * LATENT_SCALE, std * LATENT_SCALE
 
     def _decode(self, z):
