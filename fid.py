@@ -153,28 +153,24 @@ def unit(width_in, width, kernel, stride=1, padding="same"):
 class Mixed(nn.Module):
     """Branches side by side on one input, the last of them a pool; their outputs concatenated.
 
-    branches: {name: "48 1x1, 64 5x5"}, widths and kernels of one unit after another; " / 2": with
-    stride 2 and no padding; "384 1x3 | 384 3x1": two units on one input. Unit j of branch b is
-    called b_j, an only one b, two on one input b_ja and b_jb.
+    A branch is "NAME 48 1x1, NAME 64 5x5": names, widths and kernels of one unit after another;
+    "/ 2": with stride 2 and no padding; "NAME 384 1x3 | NAME 384 3x1": two units on one input.
     """
 
-    def __init__(self, width_in, pool, pool_width, **branches):
+    def __init__(self, width_in, pool, pool_width, *branches):
         super().__init__()
         self.branches = []  # for each branch and step the names of its units
-        for branch, text in branches.items():
-            steps = text.split(", ")
+        for branch in branches:
             self.branches.append([])
-            width_now = width_in
-            for j, step in enumerate(steps, 1):
-                name = f"{branch}_{j}" if len(steps) > 1 else branch
-                layers = step.split(" | ")
-                keys = [name + letter for letter in ("ab" if len(layers) > 1 else [""])]
-                for key, layer in zip(keys, layers):
-                    width, kernel, *strided = layer.split()
+            width = width_in
+            for step in branch.split(", "):
+                units = [text.split() for text in step.split(" | ")]
+                for name, width_out, kernel, *strided in units:
                     kernel = [int(side) for side in kernel.split("x")]
-                    self.add_module(key, unit(width_now, int(width), kernel, *strided and (2, 0)))
-                width_now = int(width)
-                self.branches[-1].append(keys)
+                    how = (2, 0) if strided else ()
+                    self.add_module(name, unit(width, int(width_out), kernel, *how))
+                width = int(width_out)
+                self.branches[-1].append([name for name, *_ in units])
         self.pool = pool
         self.branch_pool = unit(width_in, pool_width, 1) if pool_width else nn.Identity()
 
@@ -197,7 +193,6 @@ class Inception(nn.Module):
     def __init__(self):
         super().__init__()
         average = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
-        shrink = nn.MaxPool2d(3, 2)
         self.Conv2d_1a_3x3 = unit(3, 32, 3, 2, 0)
         self.Conv2d_2a_3x3 = unit(32, 32, 3, 1, 0)
         self.Conv2d_2b_3x3 = unit(32, 64, 3)
@@ -207,22 +202,28 @@ class Inception(nn.Module):
         self.pool2 = nn.MaxPool2d(3, 2)                                          # 192 35 35
         for name, width, pool_width in [("5b", 192, 32), ("5c", 256, 64), ("5d", 288, 64)]:
             self.add_module(f"Mixed_{name}", Mixed(                              # 288 35 35
-                width, average, pool_width, branch1x1="64 1x1", branch5x5="48 1x1, 64 5x5",
-                branch3x3dbl="64 1x1, 96 3x3, 96 3x3"))
+                width, average, pool_width, "branch1x1 64 1x1",
+                "branch5x5_1 48 1x1, branch5x5_2 64 5x5",
+                "branch3x3dbl_1 64 1x1, branch3x3dbl_2 96 3x3, branch3x3dbl_3 96 3x3"))
         self.Mixed_6a = Mixed(                                                   # 768 17 17
-            288, shrink, 0, branch3x3="384 3x3 / 2", branch3x3dbl="64 1x1, 96 3x3, 96 3x3 / 2")
+            288, nn.MaxPool2d(3, 2), 0, "branch3x3 384 3x3 / 2",
+            "branch3x3dbl_1 64 1x1, branch3x3dbl_2 96 3x3, branch3x3dbl_3 96 3x3 / 2")
         for name, c in [("6b", 128), ("6c", 160), ("6d", 160), ("6e", 192)]:
             self.add_module(f"Mixed_{name}", Mixed(                              # 768 17 17
-                768, average, 192, branch1x1="192 1x1",
-                branch7x7=f"{c} 1x1, {c} 1x7, 192 7x1",
-                branch7x7dbl=f"{c} 1x1, {c} 7x1, {c} 1x7, {c} 7x1, 192 1x7"))
+                768, average, 192, "branch1x1 192 1x1",
+                f"branch7x7_1 {c} 1x1, branch7x7_2 {c} 1x7, branch7x7_3 192 7x1",
+                f"branch7x7dbl_1 {c} 1x1, branch7x7dbl_2 {c} 7x1, branch7x7dbl_3 {c} 1x7, "
+                f"branch7x7dbl_4 {c} 7x1, branch7x7dbl_5 192 1x7"))
         self.Mixed_7a = Mixed(                                                   # 1280 8 8
-            768, shrink, 0, branch3x3="192 1x1, 320 3x3 / 2",
-            branch7x7x3="192 1x1, 192 1x7, 192 7x1, 192 3x3 / 2")
+            768, nn.MaxPool2d(3, 2), 0, "branch3x3_1 192 1x1, branch3x3_2 320 3x3 / 2",
+            "branch7x7x3_1 192 1x1, branch7x7x3_2 192 1x7, branch7x7x3_3 192 7x1, "
+            "branch7x7x3_4 192 3x3 / 2")
         for name, width, pool in [("7b", 1280, average), ("7c", 2048, nn.MaxPool2d(3, 1, 1))]:
             self.add_module(f"Mixed_{name}", Mixed(                              # 2048 8 8
-                width, pool, 192, branch1x1="320 1x1", branch3x3="384 1x1, 384 1x3 | 384 3x1",
-                branch3x3dbl="448 1x1, 384 3x3, 384 1x3 | 384 3x1"))
+                width, pool, 192, "branch1x1 320 1x1",
+                "branch3x3_1 384 1x1, branch3x3_2a 384 1x3 | branch3x3_2b 384 3x1",
+                "branch3x3dbl_1 448 1x1, branch3x3dbl_2 384 3x3, "
+                "branch3x3dbl_3a 384 1x3 | branch3x3dbl_3b 384 3x1"))
         self.fc = nn.Linear(2048, 1008)  # for the Inception Score, without its bias
 
     def forward(self, x):
@@ -295,7 +296,7 @@ class Extractor:
         return last.relu().mean(1)
 
 
-load_extractor = Extractor
+load_extractor = Extractor  # its name where it is asked for
 
 
 @torch.no_grad()
@@ -569,8 +570,8 @@ def command_neighbours(args, extractor):
     assert classes == train.meta["classes"], f"{args.ckpt} makes other classes: {classes}"
     [alpha] = args.cfg_scale
     fake = generated(generator, alpha, args.seed, args.temperature, vae)
-    sets = {"training": (open_images(args.data)[1], train.labels),
-            "generated": (fake, np.arange(args.num_images or 1000) % train.num_classes)}
+    sets = {"generated": (fake, np.arange(args.num_images or 1000) % train.num_classes),
+            "training": (open_images(args.data)[1], train.labels)}
     test = Path(args.data, "test")
     if test.is_dir():
         sets["held out"] = (open_images(test)[1], Dataset(args.data, "test").labels)
@@ -579,37 +580,38 @@ def command_neighbours(args, extractor):
     if get_rank() > 0:
         return
 
+    spread = [spread_in_classes(rows[name], sets[name][1]) for name in ("generated", "training")]
+    real = rows.pop("training")
     means = {}
-    for name in list(sets)[:0:-1]:  # the generated images last: their neighbours are shown
+    for name in rows:
         labels = sets[name][1]
-        distance, index = nearest(rows[name], rows["training"])
-        means[name] = distance[:, 0].mean()
+        distance, index = nearest(rows[name], real, 1)
+        means[name] = distance.mean()
         same = train.labels[index[:, 0]] == labels
         worst = min(same[labels == c].mean() for c in np.unique(labels))
         print(f"{name:10} nearest training image of the same class {same.mean():6.1%} (worst class "
               f"{worst:.1%}), at distance {means[name]:.3f}")
     if "held out" in means:
-        within = [within_class_distance(rows[name], sets[name][1]) for name in list(sets)[:2]]
         print(f"distance to the training images {means['generated'] / means['held out']:.3f} of "
-              f"the held-out images'; distance within a class {within[1] / within[0]:.3f} of the "
+              f"the held-out images'; distance within a class {spread[0] / spread[1]:.3f} of the "
               "training images'")
     images = []
-    for i, neighbours in enumerate(index[:20]):
+    index = nearest(rows["generated"][:20], real, min(8, len(real)))[1]
+    for i, neighbours in enumerate(index):
         images += [fake([i]), torch.from_numpy(train.images[neighbours])]
     save_grid(torch.cat(images), 1 + index.shape[1], args.out)
     print(f"{args.out}: in each row a generated image, then the training images nearest to it")
 
 
-def nearest(x, real, k=8):
+def nearest(x, real, k):
     """Distances [n, k] and indices [n, k] of the k rows of `real` nearest to each row of x."""
     real = real.double()  # in float32 a copy would not be at distance 0
-    k = min(k, len(real))
     parts = [torch.cdist(part, real).topk(k, largest=False) for part in x.double().split(500)]
     values, indices = [torch.cat(tensors) for tensors in zip(*parts)]
     return values, indices.cpu().numpy()
 
 
-def within_class_distance(rows, labels):
+def spread_in_classes(rows, labels):
     """Mean distance between two images of a class, averaged over the classes."""
     means = []
     for c in np.unique(labels):

@@ -191,9 +191,11 @@ def main(argv=None):
     check_shared(folder)
     generator, vae = load_networks(args)
     names = generator.origin.get("classes") or [str(c) for c in range(generator.num_classes)]
-    classes = range(10 if out.suffix == ".png" else len(names))[:len(names)]
+    classes = list(range(len(names)))
     if args.classes:
         classes = class_numbers(args.classes, names)
+    elif out.suffix == ".png":
+        classes = classes[:10]
     if args.compile:
         generator.compile()
         if vae is not None:
