@@ -12,8 +12,7 @@ a folder of MNIST's idx files; or CIFAR-10's binary .tar.gz. OUT/SPLIT/ will hol
                   channels, H, W], times 0.18215; sorted by class: a class is a range of rows
     labels.npy    int64 [N]
     meta.json     kind, shape, dtype, names of the classes, images per class
-After an interruption the same command, on any number of processes, goes on where it was. On a CPU
-the files have the same bits on any number of processes.
+After an interruption the same command, on any number of processes, goes on where it was.
 
 Latents are the posterior's mean and std, of each image and its mirror image, so that every visit
 draws anew. (The authors store one draw of each: 21 GB of ImageNet, where this is 42.)
@@ -23,6 +22,7 @@ greys; every fifth of a class is in the split `test`.
 """
 import argparse
 import functools
+import glob
 import gzip
 import hashlib
 import io
@@ -47,14 +47,11 @@ from model import (SD_VAE, HelpFormat, UsageError, barrier, claim, gather, get_r
 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "val": "val",
           "valid": "val", "validation": "val", "eval": "val"}
-EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff",
-              ".avif", ".ppm")
+EXTENSIONS = tuple(".jpg .jpeg .jpe .jfif .png .bmp .webp .gif .tif .tiff .avif .ppm".split())
 # Checkpoints of notebooks, thumbnails of a NAS, metadata of macOS: no data.
 HIDDEN = re.compile("(^|/)([.@]|__MACOSX/)")
 DIGITS = Path(__file__).parent / "assets" / "digits.npz"
-# The file format has numbers only.
-FASHION_MNIST = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt",
-                 "Sneaker", "Bag", "Ankle boot")
+FASHION = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
 # Some programs store megabytes of text or colour profile in a PNG, which Pillow would refuse.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 30
 
@@ -98,8 +95,8 @@ class Dataset:
     def batch(self, ids, rng=None, flip=False, device="cpu"):
         """Samples of these ids, float32 [n, C, H, W]: pixels in [-1, 1], or latents drawn anew.
 
-        rng: numpy Generator, or a seed for each sample, whose randomness depends on it alone.
-        Without it latents are the means of the first view. flip: mirror half of them.
+        rng: numpy Generator, or a seed for each sample, on which alone its randomness depends;
+        without it latents are the means of the first view. flip: mirror half of them.
         """
         ids = np.asarray(ids)
         seeds = rng
@@ -157,15 +154,12 @@ def upload(array, device):
 # --------------------------------------------------------------------------------------------
 # Where images come from. A source is a function that returns
 #     {split: [(class, item), ...]}, load      load(item) -> PIL image
-# A class is a name, a number, or (number, name). An item holds the image's name and its size in
-# bytes or a checksum, by which prepared data know what they were made of.
+# Splits are train, val and test. A class is a name, a number, or (number, name). An item holds the
+# image's name and its size in bytes or checksum, which say whether prepared data are of a source.
 # A new data set is one function, most easily with from_arrays, and two lines in open_source.
 
 def open_source(data):
-    """Opens a folder, a .zip, CIFAR-10's archive, or `digits`: (splits, load), see above.
-
-    Splits are train, val and test; a source without splits is all train.
-    """
+    """(splits, load) of a folder, a .zip, CIFAR-10's archive, or `digits`."""
     path = Path(data)
     if path == DIGITS or (data == "digits" and not path.exists()):
         return from_arrays(embedded_digits())
@@ -181,10 +175,7 @@ def open_source(data):
 
 
 def from_arrays(splits, names=None):
-    """A source of {split: (images uint8 [N, H, W] or [N, H, W, 3], labels [N])}.
-
-    names: of the classes 0, 1, ...
-    """
+    """A source of {split: (uint8 [N, H, W] or [N, H, W, 3], labels [N])}; names: of labels."""
     items = {}
     for split, (images, labels) in splits.items():
         sums = [(split, i, zlib.crc32(image.tobytes())) for i, image in enumerate(images)]
@@ -215,8 +206,8 @@ def idx_files(path):
 
     splits = {split: (read(f"{prefix}-images*"), read(f"{prefix}-labels*"))
               for split, prefix in {"train": "train", "test": "t10k"}.items()}
-    is_fashion = "fashion" in "/".join(path.absolute().parts[-2:]).lower()  # or FashionMNIST/raw
-    return from_arrays(splits, FASHION_MNIST if is_fashion else None)
+    fashion = "fashion" in str(path.absolute().parts[-2:]).lower()  # such as FashionMNIST/raw
+    return from_arrays(splits, FASHION if fashion else None)
 
 
 def cifar(path):
@@ -225,22 +216,19 @@ def cifar(path):
         def read(name):
             return archive.extractfile(f"cifar-10-batches-bin/{name}").read()
 
-        names = read("batches.meta.txt").decode().split()
         splits = {}
         for split, parts in {"train": [f"data_batch_{i}.bin" for i in range(1, 6)],
                              "test": ["test_batch.bin"]}.items():
             rows = np.frombuffer(b"".join(map(read, parts)), np.uint8).reshape(-1, 3073)
             splits[split] = (rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0])
-    return from_arrays(splits, names)
+        return from_arrays(splits, read("batches.meta.txt").decode().split())
 
 
 def class_folders(path):
     files = {}
-    for folder, _, names in os.walk(path, followlinks=True):
-        for name in names:
-            file = Path(folder, name)
-            size = file.exists() and file.stat().st_size  # a dead link is a broken image
-            files[file.relative_to(path).as_posix()] = (size,)
+    for name in glob.iglob("**/*.*", root_dir=path, recursive=True):  # follows links
+        file = path / name
+        files[Path(name).as_posix()] = (file.exists() and file.stat().st_size,)
     return by_class(path, files, lambda name: (path / name).read_bytes())
 
 
@@ -272,11 +260,14 @@ def by_class(path, files, read):
     for prefix, split in split_of.items():
         names = [name.removeprefix(prefix) for name in images if name.startswith(prefix)]
         if prefix + "dataset.json" in files:
-            classes = by_json(names, read(prefix + "dataset.json"))
+            # [[name, class], ...], or null. The folders 00000, 00001, ... beside it are no classes.
+            labels = json.loads(read(prefix + "dataset.json"))["labels"]
+            class_of = dict(labels or [(name, "images") for name in names])
+            classes = [class_of[name] for name in names]
         else:
             classes = by_folder(names, path / prefix, prefix)
-        splits.setdefault(split, []).extend(
-            (label, (prefix + name, *files[prefix + name])) for label, name in zip(classes, names))
+        items = [(prefix + name, *files[prefix + name]) for name in names]
+        splits[split] = splits.get(split, []) + list(zip(classes, items))
     known = {label for label, _ in splits.get("train", ())}
     for split in [*splits]:
         strange = {label for label, _ in splits[split]} - known
@@ -290,13 +281,6 @@ def by_class(path, files, read):
         except (UsageError, OSError, zipfile.BadZipFile, zlib.error) as error:
             raise UsageError(f"{path}/{item[0]}: {error}") from error
     return splits, load
-
-
-def by_json(names, data):
-    """Of dataset_tool: [[name, class], ...], or null. Its folders 00000, ... are no classes."""
-    labels = json.loads(data)["labels"]
-    label_of = dict.fromkeys(names, "images") if labels is None else dict(labels)
-    return [label_of[name] for name in names]
 
 
 def by_folder(names, path, prefix):
@@ -314,7 +298,7 @@ def by_folder(names, path, prefix):
 
 def shortened(names):
     names = sorted(names, key=natural)
-    return ", ".join(names[:20]) + f" and {len(names) - 20} more" * (len(names) > 20)
+    return ", ".join(names[:20]) + ", ..." * (len(names) > 20)
 
 
 def natural(name):
@@ -326,16 +310,15 @@ def natural(name):
 # --------------------------------------------------------------------------------------------
 # One image
 
-# What a value of EXIF's orientation asks for.
-ORIENTATIONS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
-                6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
+# What EXIF's orientations from 2 on ask for.
+ORIENTATIONS = dict(enumerate("FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 "
+                              "TRANSVERSE ROTATE_90".split(), 2))
 
 
 def open_image(data):
     """Encoded image -> upright RGB image of PIL; what is transparent shows white.
 
-    Raises UsageError for what PIL cannot decode or takes for a bomb, and for pixels of 32 bits and
-    floats, as TIFF may have them: their range is not known.
+    Raises UsageError for what PIL cannot decode or takes for a decompression bomb.
     """
     try:
         image = Image.open(io.BytesIO(data))
@@ -351,8 +334,8 @@ def open_image(data):
     if image.mode.startswith("I;16"):  # PIL's own conversion would clip it to white
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
@@ -392,10 +375,7 @@ def random_crop(width, height, min_area, rng):
 
 
 def crop_resize(x, boxes, flips):
-    """Boxes [n, 4] of `random_crop`, cut out of x [n, C, H, W] in [-1, 1] and resized to H x W.
-
-    flips [n]: which of them are mirrored.
-    """
+    """Boxes [n, 4] of x [n, C, H, W] in [-1, 1], resized to H x W; flips [n]: which to mirror."""
     height, width = x.shape[2:]
     # To coordinates in which the image is [-1, 1] each way.
     boxes = boxes / np.tile([width, height], 2) * 2 - 1
@@ -429,11 +409,10 @@ class Latents:
 
 
 def prepare(source, out, size=None, channels=None, skip_broken=False, latents=None):
-    """Write OUT/SPLIT for every split of the source; one that is there already is left as it is.
+    """Write OUT/SPLIT for every split of a source; one that is there already is left as it is.
 
-    All processes call it and share the work. source: as of `open_source`; DIGITS are always the
-    embedded ones. size, channels: as of `to_array`. latents: `Latents`, in place of pixels.
-    skip_broken: leave out broken images, which else are a UsageError.
+    All processes call it and share the work. size, channels: as of `to_array`. latents: `Latents`,
+    in place of pixels. Broken images are a UsageError, unless they are to be left out.
     """
     splits, load = open_source(source)
     classes = sorted({label for items in splits.values() for label, _ in items}, key=natural)
@@ -485,22 +464,24 @@ def write_split(folder, meta, items, labels, load, size, channels, encode, skip_
     if folder.exists():
         before = json.loads((folder / "meta.json").read_text())
         if before.get("source", meta["source"]) != meta["source"]:  # older data have none
-            raise UsageError(f"{folder} was made of other images or with other options: remove it, "
-                             "or choose another folder (--out of prepare_data.py)")
+            raise UsageError(f"{folder} was made of other images or options: remove it, or choose "
+                             "another folder (--out of prepare_data.py)")
         return
 
-    partial = folder.with_name(folder.name + ".tmp")
+    partial = folder.with_suffix(".tmp")
     with claim(folder.parent):
         todo = None
         if get_rank() == 0:
             partial.mkdir(exist_ok=True)
             open(partial / "images.bin", "ab").truncate(n * row.nbytes)  # what is there stays
             open(partial / "done", "ab").truncate(sums.nbytes)
-            todo = np.flatnonzero(np.fromfile(partial / "done", np.uint32) != sums)
+            right = np.fromfile(partial / "done", np.uint32) == sums
+            (sums * right).tofile(partial / "done")  # of other images, or written in another size
+            todo = np.flatnonzero(~right)
         todo = gather(todo)[0][get_rank()::world_size()]
         progress = tqdm(todo, str(partial), unit=" blocks", disable=get_rank() > 0)
         with (ThreadPoolExecutor() as pool, open(partial / "images.bin", "r+b") as images,
-              open(partial / "done", "r+b", buffering=0) as done):
+              open(partial / "done", "r+b", 0) as done):
             for b, views in zip(progress, ahead(pool, view, [blocks[b] for b in todo])):
                 if any(x.shape != first.shape for x in views):
                     raise UsageError("the images have several sizes: give one --size")
@@ -515,8 +496,8 @@ def write_split(folder, meta, items, labels, load, size, channels, encode, skip_
         if enlarged:
             note(f"{folder}: images smaller than --size {size} are enlarged")
         broken = dict(sorted(pair for part in gather(broken) for pair in part.items()))
-        for reason in broken.values():
-            note(f"broken: {reason}")
+        if broken:
+            note("broken images:\n" + "\n".join(broken.values()))
         if broken and not skip_broken:
             raise UsageError(f"{len(broken)} broken images, which are named above: mend them, or "
                              "give --skip_broken; all others are kept for the next start")
@@ -555,9 +536,6 @@ def finish(partial, meta, items, labels, broken):
     if broken:
         (partial / "rest.bin").replace(partial / "images.bin")
 
-
-# --------------------------------------------------------------------------------------------
-# The command
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,

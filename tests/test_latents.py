@@ -1,5 +1,11 @@
-"""Latents: the VAE between them and pixels, and training on them."""
+"""Latents: prepared by any number of processes, killed or not, and training on them."""
 import json
+import multiprocessing
+import os
+import shutil
+import socket
+import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,63 +17,172 @@ import model
 import prepare_data
 import train
 from conftest import FIXTURES, relative_error, small_vae
-from model import UsageError
 
-TINY = FIXTURES / "gen_latent_tiny"  # 8x8x4 latents, 7 classes
 CONVNEXT = str(FIXTURES / "convnextv2_tiny")
 
 
 @pytest.fixture(scope="module")
-def vae_folder(tmp_path_factory):
+def vae(tmp_path_factory):
     return small_vae(tmp_path_factory.mktemp("vae"))
 
 
 # --------------------------------------------------------------------------------------------
-# The VAE
+# Preparing
 
-def test_vae_is_diffusers_with_one_scale(vae_folder):
-    from diffusers import AutoencoderKL
-    theirs = AutoencoderKL.from_pretrained(vae_folder).eval()
-    ours = model.load_vae(vae_folder)
-    latents = torch.randn(3, 4, 4, 4)
-    images = torch.rand(2, 3, 32, 32) * 2 - 1
-    with torch.no_grad():
-        decoded = theirs.decode(latents / 0.18215).sample
-        assert relative_error(ours.decode(latents), decoded) < 1e-5
-        posterior = theirs.encode(images).latent_dist
-        mean, std = ours.encode(images)
-    assert relative_error(mean, posterior.mean * 0.18215) < 1e-5
-    assert relative_error(std, posterior.std * 0.18215) < 1e-5
-    assert ours.downsampling == 8
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """110 smooth pictures of 80x64 in four classes."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for i in range(110):
+        small = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+        path = folder / f"class{i % 4}" / f"{i:03d}.png"
+        path.parent.mkdir(exist_ok=True)
+        small.resize((80, 64), Image.Resampling.BICUBIC).save(path)
+    return folder
 
 
-def test_gradients_pass_through_the_decoder_a_chunk_at_a_time(vae_folder):
-    from diffusers import AutoencoderKL
-    theirs = AutoencoderKL.from_pretrained(vae_folder).eval()
-    ours = model.load_vae(vae_folder)
-    weights = torch.randn(3, 3, 32, 32)
-    gradients = []
-    for decode in (ours.decode, lambda z: theirs.decode(z / 0.18215).sample):
-        z = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        (decode(z) * weights).sum().backward()
-        gradients.append(z.grad)
-    assert relative_error(*gradients) < 1e-5
-    assert all(p.grad is None for p in ours.parameters())
+def command(photos, vae, out):
+    words = ["latents", "--data", photos, "--vae", vae, "--size", 64, "--out", out]
+    return [str(word) for word in words]
 
 
-def test_never_more_than_a_chunk_is_decoded(vae_folder):
-    """On a CPU one at a time. The meta device, which has shapes and nothing else, is any other."""
-    vae = model.load_vae(vae_folder, chunk=4)
-    sizes = []
+@pytest.fixture(scope="module")
+def prepared(photos, vae, tmp_path_factory):
+    """By one process that nothing disturbs; all others must give the same bytes."""
+    out = tmp_path_factory.mktemp("prepared")
+    prepare_data.main(command(photos, vae, out))
+    return out
 
-    def hook(module, args):
-        sizes.append(len(args[0]))
-    vae.net.decoder.register_forward_pre_hook(hook)
-    vae.decode(torch.zeros(3, 4, 2, 2))
-    assert sizes == [1, 1, 1]
-    sizes.clear()
-    images = vae.to("meta").decode(torch.zeros(10, 4, 2, 2, device="meta"))
-    assert images.shape == (10, 3, 16, 16) and sizes == [4, 4, 2]
+
+def files_of(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_latents_are_the_vaes_scaled_mean_and_std_of_both_views(prepared, photos, vae):
+    data = prepare_data.Dataset(prepared)
+    assert data.images.dtype == np.float16 and data.images.shape == (110, 2, 8, 8, 8)
+    assert data.shape == (4, 8, 8) and data.kind == "latents"
+    net = model.load_vae(vae, sha256=data.meta["vae"]).net
+    image = Image.open(photos / "class1/005.png").crop((8, 0, 72, 64))  # the second of its class
+    x = torch.from_numpy(np.asarray(image).transpose(2, 0, 1)[None] / np.float32(127.5) - 1)
+    for view, pixels in enumerate((x, x.flip(3))):
+        with torch.no_grad():
+            posterior = net.encode(pixels).latent_dist
+        stored = torch.from_numpy(data.images[28 + 1, view].astype(np.float32))
+        assert relative_error(stored[:4], posterior.mean[0] * 0.18215) < 3e-4
+        assert relative_error(stored[4:], posterior.std[0] * 0.18215) < 3e-4
+
+
+def test_latents_are_drawn_anew_and_each_from_its_own_seed(prepared):
+    data = prepare_data.Dataset(prepared)
+    ids = np.array([3, 50, 3, 77])
+    mean, std = torch.from_numpy(data.images[ids]).float().chunk(2, 2)
+    assert torch.equal(data.batch(ids), mean[:, 0])
+    x = data.batch(ids, np.random.default_rng(0))
+    assert torch.equal(x, data.batch(ids, np.random.default_rng(0)))
+    assert not torch.equal(x[0], x[2])
+    draws = torch.stack([data.batch(ids, np.random.default_rng(i)) for i in range(400)])
+    z = (draws - mean[:, 0]) / std[:, 0]
+    assert abs(z.mean()) < 0.01 and abs(z.std() - 1) < 0.01
+
+    seeds = np.random.default_rng(1).integers(1 << 63, size=4)
+    flipped = data.batch(ids, seeds, flip=True)
+    alone = data.batch(ids[2:3], seeds[2:3], flip=True)
+    assert torch.equal(alone[0], flipped[2])  # whatever else is in the batch
+    for i, seed in enumerate(seeds):
+        noise = (flipped[i] - mean[i, seed % 2]) / std[i, seed % 2]
+        stream = torch.Generator().manual_seed(int(seed))
+        assert torch.allclose(noise, torch.randn(4, 8, 8, generator=stream), atol=1e-2)
+
+
+def test_broken_images_leave_no_trace_in_latents(prepared, photos, vae, tmp_path):
+    shutil.copytree(photos / "class0", tmp_path / "src/class0")
+    (tmp_path / "src/class0/008.png").write_bytes(b"broken")
+    prepare_data.main([*command(tmp_path / "src", vae, tmp_path / "out"), "--skip_broken"])
+    data = prepare_data.Dataset(tmp_path / "out")
+    assert np.array_equal(data.images, np.delete(prepare_data.Dataset(prepared).images[:28], 2, 0))
+
+
+@pytest.fixture
+def start():
+    """Starts n processes of prepare_data.py, as torchrun does.
+
+    They are forks of a process that has imported everything and computed nothing.
+    """
+    processes = []
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_latents", "diffusers.models.autoencoders.autoencoder_kl"])
+
+    def start(n, words):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        started = [context.Process(target=prepare_as_rank, args=(rank, n, port, words))
+                   for rank in range(n)]
+        for process in started:
+            process.start()
+        processes.extend(started)
+        return started
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.join()
+
+
+def prepare_as_rank(rank, n, port, words):
+    place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=n, RANK=rank,
+                 LOCAL_RANK=rank, LOCAL_WORLD_SIZE=n)
+    os.environ.update({key: str(value) for key, value in place.items()})
+    model.run_script(partial(prepare_data.main, words))
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_killed_and_resumed_on_another_number_of_processes(prepared, photos, vae, start, tmp_path,
+                                                           n):
+    """SIGKILL after some blocks; others go on, with what was finished and nothing else."""
+    part = tmp_path / "train.tmp"
+    first = start(n, command(photos, vae, tmp_path))
+    done = np.zeros(1)
+    began = time.time()
+    while np.count_nonzero(done) < 2:
+        assert all(process.is_alive() for process in first) and time.time() - began < 60
+        time.sleep(0.001)
+        if (part / "done").exists():
+            done = np.fromfile(part / "done", np.uint32)
+    for process in first:
+        process.kill()
+        process.join()
+    done = np.fromfile(part / "done", np.uint32)
+    assert 2 <= np.count_nonzero(done) < len(done) and not (tmp_path / "train").exists()
+    images = np.memmap(part / "images.bin", np.uint8, "r+").reshape(110, -1)
+    for block in np.flatnonzero(done == 0):  # what has no mark is not trusted
+        images[16 * block:16 * block + 16] = 255
+    images.flush()
+    written = (part / "images.bin").stat().st_ino
+    for process in start(3 - n, command(photos, vae, tmp_path)):
+        process.join(60)
+        assert process.exitcode == 0
+    assert files_of(tmp_path / "train") == files_of(prepared / "train")
+    assert (tmp_path / "train/images.bin").stat().st_ino == written  # it was not begun anew
+
+
+def test_a_broken_image_ends_both_processes_and_the_others_are_kept(photos, start, tmp_path):
+    source = shutil.copytree(photos, tmp_path / "src")
+    broken = source / "class3/107.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(b"broken")
+    words = ["--data", str(source), "--size", "64", "--out", str(tmp_path / "out")]
+    for process in start(2, words):
+        process.join(60)
+        assert process.exitcode == 1
+    done = np.fromfile(tmp_path / "out/train.tmp/done", np.uint32)
+    assert (done == 0).sum() == 1
+    broken.write_bytes(whole)
+    prepare_data.main(words)
+    prepare_data.prepare(photos, tmp_path / "right", 64)
+    assert files_of(tmp_path / "out/train") == files_of(tmp_path / "right/train")
 
 
 # --------------------------------------------------------------------------------------------
@@ -84,34 +199,34 @@ def latents(tmp_path, monkeypatch):
     moments.astype(np.float16).tofile("data/train/images.bin")
     np.save("data/train/labels.npy", np.repeat([0, 1], 12))
     meta = dict(kind="latents", dtype="float16", shape=shape, classes=["a", "b"],
-                images_per_class=[12, 12], source="test")
+                images_per_class=[12, 12])
     (tmp_path / "data/train/meta.json").write_text(json.dumps(meta))
     return tmp_path
 
 
-def command(**options):
+def training(**options):
     options = dict(data="data", out="run", model="XS", labels=2, gen=2, pos=4, uncond=0,
                    reals="index", steps=1, warmup=1, device="cpu") | options
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
-def test_a_pixel_encoder_drives_a_generator_of_latents(latents, vae_folder):
+def test_a_pixel_encoder_drives_a_generator_of_latents(latents, vae):
     """The step's gradient is that of features of decoded samples; a run makes decoded pictures."""
-    words = [*command(vae=vae_folder, encoder=CONVNEXT, gen=3, uncond=2), "--pixel_encoder"]
+    words = training(vae=vae, encoder=CONVNEXT, gen=3, uncond=2)
     torch.manual_seed(0)
     stage = train.GeneratorStage(train.parse(words), prepare_data.Dataset("data"))
     torch.nn.init.normal_(stage.net.final_linear.weight, std=0.1)  # zero would hide everything
     batch = stage.batch(0)
-    stage.backward(batch, 0)
+    stage.backward(batch, 0, False)
     ours = stage.net.final_linear.weight.grad.clone()
     stage.net.zero_grad()
 
     from diffusers import AutoencoderKL
-    vae = AutoencoderKL.from_pretrained(vae_folder).eval()
+    net = AutoencoderKL.from_pretrained(vae).eval()
     encoder = model.load_encoder(CONVNEXT)
 
     def features(x):
-        images = vae.decode(x / 0.18215).sample
+        images = net.decode(x / 0.18215).sample
         rows = {"global": x.permute(0, 2, 3, 1).flatten(1)[:, None], **encoder.features(images)}
         return {name: f.unflatten(0, (2, -1)) for name, f in rows.items()}
 
@@ -128,18 +243,14 @@ def test_a_pixel_encoder_drives_a_generator_of_latents(latents, vae_folder):
     assert Image.open("run/samples_00000001.png").size == (2 * 66 - 2, 20 + 8 * 66 - 2)
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(encoder=CONVNEXT), "takes 3 channels.* 4 .*--pixel_encoder"),
-    (dict(vae="nowhere"), "nowhere"),
-    (dict(init_from=TINY), "gen_latent_tiny")])
-def test_what_does_not_go_together_is_refused_at_the_start(latents, vae_folder, mae_artifact,
-                                                           options, message):
-    with pytest.raises(UsageError, match=message):
-        train.main(command(**dict(vae=vae_folder, encoder=mae_artifact) | options))
-    assert not list(latents.glob("run/step_*"))
+def test_latents_of_another_vae_are_refused(latents, vae, mae_artifact):
+    file = latents / "data/train/meta.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"vae": "0" * 64}))
+    with pytest.raises(model.UsageError, match="not the VAE that made the latents"):
+        train.main(training(vae=vae, encoder=mae_artifact))
 
 
-def test_init_from_starts_from_a_checkpoint(latents, vae_folder, mae_artifact):
+def test_init_from_starts_from_a_checkpoint(latents, vae, mae_artifact):
     """Its weights are the first ones; a run that is resumed goes on from its own instead."""
     torch.manual_seed(5)
     start = model.Generator(input_size=8, in_channels=4, num_classes=2,
@@ -147,28 +258,9 @@ def test_init_from_starts_from_a_checkpoint(latents, vae_folder, mae_artifact):
     start.save_pretrained("start")
 
     def change(steps):
-        train.main(command(vae=vae_folder, encoder=mae_artifact, lr=1e-5, warmup=0,
-                           init_from="start", steps=steps))
+        train.main(training(vae=vae, encoder=mae_artifact, lr=1e-5, warmup=0,
+                            init_from="start", steps=steps))
         after = model.load_generator("run").state_dict()
         return max((after[name] - p).abs().max() for name, p in start.state_dict().items())
     assert change(1) < 1.2e-5 < change(2)
     assert model.latest_checkpoint("run").name == "step_00000002"
-
-
-def test_an_encoder_of_latents_learns_from_cached_crops(latents):
-    """Views take turns; latents of whole images are refused where the recipe crops before."""
-    words = ("--stage encoder --data data --out e --to_latents --crop_scale 0.2 --base_channels 8 "
-             "--layers 1 1 --batch_size 24 --steps 1 --device cpu").split()
-    with pytest.raises(UsageError, match="latents of whole images.*--crops"):
-        train.main(words)
-    meta = latents / "data/train/meta.json"
-    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"views": "crops"}))
-    data = prepare_data.Dataset("data")
-    x = train.EncoderStage(train.parse(words), data).batch(0)["x"]
-    ids = data.fresh(0, 24, 0)
-    assert x.shape == (24, 4, 8, 8)
-    views = torch.from_numpy(data.images[ids, :, :4]).float()                    # n views c h w
-    distance = (x[:, None] - views).square().mean((2, 3, 4))
-    assert distance.min(1).values.max() < 0.05  # drawn with the posterior's std of 0.1
-    assert 4 < distance.argmin(1).sum() < 20    # of 24, from either view
-    train.main(words)
