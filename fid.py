@@ -407,11 +407,12 @@ def find_reference(ref):
         if address.startswith("hf://"):
             user, repo, file = address.removeprefix("hf://").split("/", 2)
             path = hf_hub_download(f"{user}/{repo}", file)
-        else:
+        elif "://" in address:
             path = download(address)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UsageError(f"--ref {ref}: no such file or name, nor could it be downloaded: {error}"
-                         ) from error
+        else:
+            raise FileNotFoundError(f"no such file, nor one of {', '.join(REFERENCES)}")
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UsageError(f"--ref {ref}: {error}") from error
     if first:
         barrier()
     return path, resize

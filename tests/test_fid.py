@@ -189,28 +189,10 @@ def test_inception_score(expected, n):
     assert np.allclose(score, (np.mean(scores), np.std(scores)), rtol=1e-10)
 
 
-def test_inception_score_of_probabilities_that_underflow():
-    mean, std = fid.inception_score(5000.0 * torch.eye(10).repeat(100, 1))
-    assert 8 < mean <= 10 and std >= 0
-
-
 def test_precision_recall(expected):
     real, fake = recipe.pr_features()
     figures = fid.precision_recall(real, fake)
     assert figures == tuple(expected["pr_official"].tolist()) == (471 / 500, 55 / 300)
-
-    def inside(points, centres):
-        balls = []
-        for c in centres:
-            balls.append(sorted(((c - other) ** 2).sum() for other in centres)[3])  # [0] is itself
-        count = 0
-        for point in points:
-            count += any(((point - c) ** 2).sum() <= ball for c, ball in zip(centres, balls))
-        return count / len(points)
-    real = real[:80].double()
-    fake = fake[:120].double()
-    by_hand = inside(fake.numpy(), real.numpy()), inside(real.numpy(), fake.numpy())
-    assert fid.precision_recall(real, fake) == by_hand and 0 < by_hand[1] < by_hand[0] < 1
     line = torch.tensor([[0.0], [1.0], [2.0], [3.0]])  # its balls have radius 1
     on_the_surface = torch.tensor([[4.0], [6.0]])
     assert fid.precision_recall(line, on_the_surface, k=1)[0] == 0.5
@@ -330,13 +312,14 @@ def test_a_download_that_fails_leaves_nothing(web, tmp_path):
     np.savez(tmp_path / "web/a/stats.npz", mu=MU, sigma=SIGMA)
     address = f"{web.url}/a/stats.npz"
     web.cut = 300
-    with pytest.raises(UsageError, match="could it be downloaded"):
+    with pytest.raises(UsageError, match="--ref http.*not a zip file"):
         fid.open_reference(stand_in("tf1"), address)
     assert not list((tmp_path / "hub").rglob("stats.npz"))
     web.cut = None
     assert fid.open_reference(stand_in("tf1"), address)["mu"][1] == 1
-    for wrong in (f"{web.url}/missing.npz", "meanflow255", "http://127.0.0.1:9/x.npz"):
-        with pytest.raises(UsageError, match=f"--ref {wrong}: no such file"):
+    for wrong, reason in {f"{web.url}/missing.npz": "404", "http://127.0.0.1:9/x.npz": "refused",
+                          "meanflow255": "no such file, nor one of meanflow256, "}.items():
+        with pytest.raises(UsageError, match=f"--ref {wrong}: .*{reason}"):
             fid.open_reference(stand_in("tf1"), wrong)
 
 
@@ -640,14 +623,6 @@ def test_neighbours_figures_by_hand(run, command):
     for image, left in ((samples[5], 0), (nearest, 66)):  # row 5: the sample, the nearest
         tile = Image.fromarray(np.asarray(image[0])).resize((64, 64), Image.Resampling.BICUBIC)
         assert np.array_equal(picture[5 * 66:5 * 66 + 64, left:left + 64, 0], np.asarray(tile))
-
-
-def test_neighbours_of_other_classes_are_refused(command, run):
-    generator = model.load_generator(run / "gen")
-    generator.origin = {"classes": [f"animal {i}" for i in range(10)]}
-    generator.save_pretrained(run / "animals")
-    with pytest.raises(AssertionError, match="makes other classes: .'animal 0'"):
-        command("neighbours --ckpt animals --data digits --features pixels")
 
 
 def test_classes_of_uneven_sizes_are_told(command, run):
