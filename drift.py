@@ -169,8 +169,8 @@ def chase(gen, V, unit):
 def affinity(dist, tau, kernel="both"):
     """Kernel k(x, y) [..., G, N] of distances [..., G, N] in units of their mean (A.6, Table 11).
 
-    tau: a number, or a tensor that broadcasts. A new kernel is one more branch here, and its name in KERNELS: any A >= 0 that falls with
-    distance, normalised or not.
+    tau: a number, or a tensor that broadcasts. A new kernel is one more branch here, and its name
+    in KERNELS: any A >= 0 that falls with distance, normalised or not.
     """
     logits = dist / -tau
     # The floor keeps far samples' forces alive: without it the gradient changes by 43%. Distances

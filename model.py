@@ -1087,6 +1087,9 @@ def gather(value):
     return values
 
 
+SHARED_SECONDS = 60  # NFS shows new files late
+
+
 def check_shared(folder):
     """Make a folder, and see that all processes find it: several machines need a common disk."""
     folder = Path(folder)
@@ -1096,7 +1099,7 @@ def check_shared(folder):
     if get_rank() == 0:
         token.touch()
     barrier()
-    deadline = time.time() + 60  # NFS shows new files late
+    deadline = time.time() + SHARED_SECONDS
     while not token.exists() and time.time() < deadline:
         time.sleep(1)
     found = gather(token.exists())
