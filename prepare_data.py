@@ -48,8 +48,7 @@ from model import (SD_VAE, HelpFormat, UsageError, barrier, claim, gather, get_r
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "val": "val",
           "valid": "val", "validation": "val", "eval": "val"}
 EXTENSIONS = tuple(".jpg .jpeg .jpe .jfif .png .bmp .webp .gif .tif .tiff .avif .ppm".split())
-# Checkpoints of notebooks, thumbnails of a NAS, metadata of macOS: no data.
-HIDDEN = re.compile("(^|/)([.@]|__MACOSX/)")
+HIDDEN = re.compile("(^|/)([.@]|__MACOSX/)")  # of notebooks, of a NAS's thumbnails, of macOS
 DIGITS = Path(__file__).parent / "assets" / "digits.npz"
 FASHION = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
 # Some programs store megabytes of text or colour profile in a PNG, which Pillow would refuse.
@@ -233,8 +232,7 @@ def class_folders(path):
 
 
 def class_zip(path):
-    # By its name, the archive would count its readers, which is not safe among threads.
-    archive = zipfile.ZipFile(open(path, "rb"))
+    archive = zipfile.ZipFile(open(path, "rb"))  # opened by its name, it is not safe for threads
     files = {info.filename.replace("\\", "/"): (info.file_size, info.CRC, info.filename)
              for info in archive.infolist()}
     return by_class(path, files, lambda name: archive.read(files[name][-1]))
@@ -291,8 +289,8 @@ def by_folder(names, path, prefix):
     # Tiny ImageNet's train/CLASS/images/*.jpg can be meant in one way only.
     below = {tuple(parents[1:]) for parents in folders}
     if not all(folders) or len(below) > 1 or (below != {()} and not prefix):
-        raise UsageError(f"{path}: which folders are the classes? They must be at the top, and "
-                         "hold images and no folders. Give, or zip, the folder that holds them")
+        raise UsageError(f"{path}: which folders are the classes? Give, or zip, the folder that "
+                         "holds the classes, which hold images and no folders")
     return [parents[0] for parents in folders]
 
 
@@ -316,14 +314,11 @@ ORIENTATIONS = dict(enumerate("FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSP
 
 
 def open_image(data):
-    """Encoded image -> upright RGB image of PIL; what is transparent shows white.
-
-    Raises UsageError for what PIL cannot decode or takes for a decompression bomb.
-    """
+    """Encoded image -> upright RGB image of PIL; what is transparent shows white."""
     try:
         image = Image.open(io.BytesIO(data))
         image.load()  # turns a TIFF, and takes its orientation away
-    except Exception as error:  # PIL has many kinds for a damaged file
+    except Exception as error:  # PIL has many kinds for a damaged file, and one for a bomb
         raise UsageError(f"cannot be read ({error})") from error
     if image.mode in ("I", "F"):
         raise UsageError("32-bit or float pixels, of unknown range: store 8 or 16 bits")
@@ -349,8 +344,7 @@ def to_array(image, size=None, channels=None):
         scale = size / min(image.size)
         shape = (round(image.width * scale), round(image.height * scale))
         image = image.resize(shape, Image.Resampling.BICUBIC)
-        left = (image.width - size) // 2
-        top = (image.height - size) // 2
+        left, top = (image.width - size) // 2, (image.height - size) // 2
         image = image.crop((left, top, left + size, top + size))
     return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
 
@@ -363,22 +357,18 @@ def random_crop(width, height, min_area, rng):
     for _ in range(10):
         area = width * height * rng.uniform(min_area, 1)
         ratio = math.exp(rng.uniform(-1, 1) * math.log(4 / 3))
-        w = math.sqrt(area * ratio)
-        h = math.sqrt(area / ratio)
+        w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
         if w <= width and h <= height:
             break
-    w = min(w, width)  # of a very long image, as much as there is
-    h = min(h, height)
-    left = rng.uniform(0, width - w)
-    top = rng.uniform(0, height - h)
+    w, h = min(w, width), min(h, height)  # of a very long image, as much as there is
+    left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
     return left, top, left + w, top + h
 
 
 def crop_resize(x, boxes, flips):
     """Boxes [n, 4] of x [n, C, H, W] in [-1, 1], resized to H x W; flips [n]: which to mirror."""
     height, width = x.shape[2:]
-    # To coordinates in which the image is [-1, 1] each way.
-    boxes = boxes / np.tile([width, height], 2) * 2 - 1
+    boxes = boxes / np.tile([width, height], 2) * 2 - 1  # the image becomes [-1, 1] each way
     left, top, right, bottom = upload(boxes, x.device).to(x.dtype).unbind(1)
     mirror = torch.where(upload(flips, x.device), -1, 1)
     zero = torch.zeros_like(left)
@@ -476,7 +466,7 @@ def write_split(folder, meta, items, labels, load, size, channels, encode, skip_
             open(partial / "images.bin", "ab").truncate(n * row.nbytes)  # what is there stays
             open(partial / "done", "ab").truncate(sums.nbytes)
             right = np.fromfile(partial / "done", np.uint32) == sums
-            (sums * right).tofile(partial / "done")  # of other images, or written in another size
+            (sums * right).tofile(partial / "done")  # marks of other images or sizes are cleared
             todo = np.flatnonzero(~right)
         todo = gather(todo)[0][get_rank()::world_size()]
         progress = tqdm(todo, str(partial), unit=" blocks", disable=get_rank() > 0)
@@ -493,9 +483,9 @@ def write_split(folder, meta, items, labels, load, size, channels, encode, skip_
                     done.seek(b * sums.itemsize)
                     done.write(sums[b].tobytes())
 
+        broken = dict(sorted(pair for part in gather(broken) for pair in part.items()))
         if enlarged:
             note(f"{folder}: images smaller than --size {size} are enlarged")
-        broken = dict(sorted(pair for part in gather(broken) for pair in part.items()))
         if broken:
             note("broken images:\n" + "\n".join(broken.values()))
         if broken and not skip_broken:

@@ -96,14 +96,6 @@ def test_latents_are_drawn_anew_and_each_from_its_own_seed(prepared):
         assert torch.allclose(noise, torch.randn(4, 8, 8, generator=stream), atol=1e-2)
 
 
-def test_broken_images_leave_no_trace_in_latents(prepared, photos, vae, tmp_path):
-    shutil.copytree(photos / "class0", tmp_path / "src/class0")
-    (tmp_path / "src/class0/008.png").write_bytes(b"broken")
-    prepare_data.main([*command(tmp_path / "src", vae, tmp_path / "out"), "--skip_broken"])
-    data = prepare_data.Dataset(tmp_path / "out")
-    assert np.array_equal(data.images, np.delete(prepare_data.Dataset(prepared).images[:28], 2, 0))
-
-
 @pytest.fixture
 def start():
     """Starts n processes of prepare_data.py, as torchrun does.
@@ -241,26 +233,3 @@ def test_a_pixel_encoder_drives_a_generator_of_latents(latents, vae):
     train.main(words)
     # Samples of 64x64 below names of 20 pixels.
     assert Image.open("run/samples_00000001.png").size == (2 * 66 - 2, 20 + 8 * 66 - 2)
-
-
-def test_latents_of_another_vae_are_refused(latents, vae, mae_artifact):
-    file = latents / "data/train/meta.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"vae": "0" * 64}))
-    with pytest.raises(model.UsageError, match="not the VAE that made the latents"):
-        train.main(training(vae=vae, encoder=mae_artifact))
-
-
-def test_init_from_starts_from_a_checkpoint(latents, vae, mae_artifact):
-    """Its weights are the first ones; a run that is resumed goes on from its own instead."""
-    torch.manual_seed(5)
-    start = model.Generator(input_size=8, in_channels=4, num_classes=2,
-                            **model.GENERATOR_SIZES["XS"])
-    start.save_pretrained("start")
-
-    def change(steps):
-        train.main(training(vae=vae, encoder=mae_artifact, lr=1e-5, warmup=0,
-                            init_from="start", steps=steps))
-        after = model.load_generator("run").state_dict()
-        return max((after[name] - p).abs().max() for name, p in start.state_dict().items())
-    assert change(1) < 1.2e-5 < change(2)
-    assert model.latest_checkpoint("run").name == "step_00000002"
