@@ -129,8 +129,7 @@ class Dataset:
     def fresh(self, start, n, seed):
         """Ids number start to start + n - 1 of an endless row of shuffled epochs.
 
-        It has no state, so resuming is free; and processes that take neighbouring pieces of a
-        step's n ids never read the same sample in an epoch.
+        It has no state, so resuming is free. Neighbouring pieces of it share no id in an epoch.
         """
         epoch, place = np.divmod(np.arange(start, start + n), len(self))
         return np.concatenate([shuffled(len(self), seed, e)[place[epoch == e]]
@@ -189,8 +188,7 @@ def embedded_digits():
         order = np.argsort(file["labels"], kind="stable")
         labels = file["labels"][order].astype(np.int64)
         images = np.round(file["images"][order] * (255 / 16)).astype(np.uint8)  # of 0 to 16
-    place = np.arange(len(labels)) - np.searchsorted(labels, labels)  # 0, 1, ... within its class
-    test = place % 5 == 4
+    test = (np.arange(len(labels)) - np.searchsorted(labels, labels)) % 5 == 4
     return {"train": (images[~test], labels[~test]), "test": (images[test], labels[test])}
 
 
@@ -369,7 +367,7 @@ def crop_resize(x, boxes, flips):
     """Boxes [n, 4] of x [n, C, H, W] in [-1, 1], resized to H x W; flips [n]: which to mirror."""
     height, width = x.shape[2:]
     boxes = boxes / np.tile([width, height], 2) * 2 - 1  # the image becomes [-1, 1] each way
-    left, top, right, bottom = upload(boxes, x.device).to(x.dtype).unbind(1)
+    left, top, right, bottom = upload(boxes, x.device).to(x).unbind(1)
     mirror = torch.where(upload(flips, x.device), -1, 1)
     zero = torch.zeros_like(left)
     theta = torch.stack([mirror * (right - left) / 2, zero, (left + right) / 2,
@@ -389,10 +387,9 @@ class Latents:
     def __init__(self, vae, device="cpu"):
         self.vae = load_vae(vae, device)
         self.vae.net.float()  # once for all training: bfloat16 is coarser than what is stored
-        self.device = device
 
     def __call__(self, images):
-        x = torch.from_numpy(np.stack(images)).to(self.device).float() / 127.5 - 1
+        x = torch.from_numpy(np.stack(images)).to(self.vae.net.device).float() / 127.5 - 1
         views = torch.stack([x, x.flip(3)], 1)
         moments = torch.cat(self.vae.encode(views.flatten(0, 1)), 1).half()
         return moments.unflatten(0, (-1, 2)).cpu().numpy()
@@ -420,7 +417,7 @@ def prepare(source, out, size=None, channels=None, skip_broken=False, latents=No
 def write_split(folder, meta, items, labels, load, size, channels, encode, skip_broken):
     """Rows encode([array of an item, ...]) of items [(class, item), ...] -> the folder."""
     n = len(items)
-    count = zip(meta["classes"], np.bincount(labels, minlength=len(meta["classes"])))
+    count = zip(meta["classes"], np.bincount(labels))
     note(f"{folder}: {n} images, by class " + shortened(
         f"{i} {name} ({many})" for i, (name, many) in enumerate(count)))
     broken = {}
@@ -433,7 +430,7 @@ def write_split(folder, meta, items, labels, load, size, channels, encode, skip_
         except UsageError as error:
             broken[i] = str(error)
             return first
-        if min(image.size) < (size or 0):
+        if size and min(image.size) < size:
             enlarged.append(i)
         return to_array(image, size, channels)
 
@@ -444,7 +441,7 @@ def write_split(folder, meta, items, labels, load, size, channels, encode, skip_
     if first.shape[1] != first.shape[2]:
         raise UsageError("training needs square images: give --size")
     row = encode([first])[0]
-    meta = {**meta, "dtype": str(row.dtype), "shape": [n, *row.shape]}
+    meta = {**meta, "dtype": row.dtype.name, "shape": [n, *row.shape]}
     # A 64th of all, so that every process has its part, but no more than memory holds.
     many = min(max(n // 64, 16), 256)
     blocks = [range(n)[start:start + many] for start in range(0, n, many)]
@@ -480,17 +477,16 @@ def write_split(folder, meta, items, labels, load, size, channels, encode, skip_
                 images.flush()
                 os.fsync(images.fileno())
                 if broken.keys().isdisjoint(blocks[b]):  # they may be mended at the next start
-                    done.seek(b * sums.itemsize)
-                    done.write(sums[b].tobytes())
-
+                    done.seek(b * 4)
+                    done.write(sums[b])
         broken = dict(sorted(pair for part in gather(broken) for pair in part.items()))
         if enlarged:
             note(f"{folder}: images smaller than --size {size} are enlarged")
         if broken:
             note("broken images:\n" + "\n".join(broken.values()))
-        if broken and not skip_broken:
-            raise UsageError(f"{len(broken)} broken images, which are named above: mend them, or "
-                             "give --skip_broken; all others are kept for the next start")
+            if not skip_broken:
+                raise UsageError(f"{len(broken)} broken images, named above: mend them, or give "
+                                 "--skip_broken; all others are kept for the next start")
         if get_rank() == 0:
             finish(partial, meta, items, labels, list(broken))
             partial.rename(folder)
@@ -519,7 +515,7 @@ def finish(partial, meta, items, labels, broken):
     if broken:
         with open(partial / "rest.bin", "wb") as file:
             for i in keep:
-                file.write(rows[i].tobytes())
+                file.write(rows[i])
     for file in partial.iterdir():
         sync(file)
     (partial / "done").unlink()  # without it, a next start would not go on with images.bin
@@ -538,7 +534,10 @@ def parse(argv=None):
     add("--channels", type=int, choices=(1, 3), help="1: greyscale (None: 3, the digits' 1)")
     add("--skip_broken", action="store_true", help="leave broken images out, in place of an error")
     add("--vae", default=SD_VAE, help="folder or hf:// of the VAE")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.data not in (DIGITS, "digits") and args.out == parser.get_default("out"):
+        parser.error("--out is needed")
+    return args
 
 
 def main(argv=None):

@@ -268,6 +268,12 @@ def test_cifar(tmp_path):
     assert len(prepare_data.Dataset(tmp_path / "out", "test")) == 4
 
 
+def test_the_place_to_write_must_be_named():
+    assert prepare_data.parse([]).out == "data/digits"
+    with pytest.raises(SystemExit):
+        prepare_data.parse(["--data", "x.zip"])
+
+
 def test_what_is_no_source_is_said(tmp_path, folder):
     (tmp_path / "cut.zip").write_bytes(b"PK\x03\x04 not whole")
     for name in ("cut.zip", "nowhere"):
