@@ -123,8 +123,8 @@ class Dataset:
         return self.first[label] + rng.choice(count, n, replace=n > count, shuffle=False)
 
     def draw_any(self, n, rng):
-        """n ids of any class, without replacement."""
-        return rng.choice(len(self), n, replace=False, shuffle=False)
+        """n ids of any class, without replacement unless there are fewer."""
+        return rng.choice(len(self), n, replace=n > len(self), shuffle=False)
 
     def fresh(self, start, n, seed):
         """Ids number start to start + n - 1 of an endless row of shuffled epochs.

@@ -20,7 +20,6 @@ import functools
 import json
 import math
 import os
-import re
 import signal
 import sys
 import threading
@@ -87,17 +86,17 @@ PRESETS = {
         patch_size=8, labels=10, gen=24, pos=64, uncond=12, alpha_power=2.5, reals="index",
         ema_decay=0.99, lr=3e-3, warmup=30, cooldown=0.7, steps=800,
         sample_every=100, save_every=150),
-    # For any small images, on a CPU, where many small steps go farther in the same time than few
-    # large ones. `fit` chooses what is None by the images. Alphas are uniform in [1, 4]: a small
-    # generator hardly reads alpha, so their mean is what guides it.
+    # For any images of about 32 x 32 pixels and ten classes on a CPU, where many small steps go
+    # farther in the same time than few large ones: 125 steps a class. Alphas are uniform in [1, 4]:
+    # a small generator hardly reads alpha, so their mean is what guides it.
     "small_encoder": dict(
-        stage="encoder", input_patch_size=None, base_channels=32, layers=[1, 1, 1],
+        stage="encoder", input_patch_size=2, base_channels=32, layers=[1, 1, 1],
         batch_size=128, cls_steps=200, ema_decay=0.99, lr=2e-3, warmup=50, steps=400,
         sample_every=200, save_every=100),
     "small": dict(
-        stage="generator", encoder=["small_encoder"], model="XS", patch_size=None, labels=5,
+        stage="generator", encoder=["small_encoder"], model="XS", patch_size=4, labels=5,
         gen=16, pos=32, uncond=8, alpha_power=0, reals="index", ema_decay=0.99, lr=3e-3,
-        warmup=50, cooldown=0.7, steps=None, sample_every=100, save_every=100),
+        warmup=50, cooldown=0.7, steps=1250, sample_every=100, save_every=100),
     # For one modern GPU.
     "cifar10_encoder": dict(
         stage="encoder", data="data/cifar10", base_channels=64, layers=[2, 2, 2],
@@ -108,7 +107,7 @@ PRESETS = {
         patch_size=4, labels=16, gen=64, pos=64, uncond=16, flip=True, lr=4e-4, warmup=200,
         steps=10000, save_every=500, sample_every=500),
 }
-# Any small images on a GPU.
+# The same on a GPU.
 PRESETS["small_gpu_encoder"] = PRESETS["small_encoder"] | dict(
     base_channels=64, layers=[2, 2, 2], batch_size=512, cls_steps=1500, steps=3000)
 PRESETS["small_gpu"] = PRESETS["small"] | dict(
@@ -141,17 +140,14 @@ def build_parser():
     add = functools.partial(add_option, parser.add_argument_group("run"))
     add("preset", None, "row of PRESETS; other options override it", choices=PRESETS)
     add("stage", "generator", "what is trained", choices=STAGES)
-    add("data", None, "folder written by prepare_data.py, of which the split train is used; or a "
-        "source as it takes, which is prepared first, in data/NAME")
+    add("data", None, "prepared data, or a source as of prepare_data.py, prepared in data/NAME")
     add("size", None, "side to which a source is prepared (None: as it is)", type=int)
     add("out", None, "run folder (None: runs/PRESET; of small runs/NAME)")
     add("seed", 0, "with the step, all that randomness depends on")
     add("device", "cuda" if on_gpu else "cpu", "cuda or cpu")
-    add("bf16", on_gpu, "networks compute in bfloat16; master weights, statistics and the drift "
-        "loss stay float32")
+    add("bf16", on_gpu, "networks compute in bfloat16; weights, statistics, loss stay float32")
     add("compile", False, "torch.compile the networks")
-    add("micro_batches", 1, "parts in which a process takes its share of a step: the same "
-        "gradients in less memory, with more forward passes")
+    add("micro_batches", 1, "parts of a process's share of a step: less memory, the same result")
     add("init_from", None, "weights to start from; a class's rows go by its name")
     add("log_every", 10, "steps between lines of log.jsonl")
     add("sample_every", 1000, "steps between pictures")
@@ -175,8 +171,7 @@ def build_parser():
     add = functools.partial(add_option, parser.add_argument_group("stage encoder (A.3)"))
     add("base_channels", 256, "width of the first stage")
     add("layers", [3, 4, 6, 3], "blocks of each stage")
-    add("input_patch_size", 1, "side of the patches into which pixels are folded first "
-        "(256 pixels: 8)")
+    add("input_patch_size", 1, "side of patches into which pixels are folded first (of 256: 8)")
     add("batch_size", 8192, "images a step, of all processes")
     add("to_latents", False, "encode crops of pixels by --vae first")
     add("cls_steps", 0, "last steps, which train a classifier too")
@@ -187,10 +182,8 @@ def build_parser():
     add("encoder_size", None, "side to which ConvNeXt-V2 or DINOv2 resizes images", type=int)
     add("model", "B", "size of the generator", choices=model.GENERATOR_SIZES)
     add("patch_size", 2, "side of a generator's token")
-    add("attn_fp32", False, "attention in float32, as in the release's ablation and pixel recipes: "
-        "slower on a GPU")
-    add("checkpoint_blocks", False, "recompute activations of the generator: a third more work, a "
-        "twentieth of its memory")
+    add("attn_fp32", False, "attention in float32, as the release's ablation and pixel recipes")
+    add("checkpoint_blocks", False, "recompute activations: a third more work, 1/20 of the memory")
     add("labels", 64, "class labels a step, of all processes")
     add("gen", 64, "generated samples a label, G")
     add("pos", 64, "real samples a label, P")
@@ -245,33 +238,7 @@ def parse(argv=None):
 
 def name_of(data):
     """data/my.zip -> my; a dot -> the name of the folder where we are"""
-    return re.sub(r"(\.zip|\.tar|\.gz|\.tgz)+$", "", Path(data).resolve().name).strip(".")
-
-
-def fit(args, data):
-    """Choose what a row of PRESETS leaves None, by the images.
-
-    An encoder gets at most 16 x 16 positions, of which masks hide 2 x 2, a generator 8 x 8 tokens.
-    """
-    if args.input_patch_size is None:
-        args.input_patch_size = smallest_patch(data.shape[1], 16, masked=2)
-    if args.patch_size is None:
-        args.patch_size = smallest_patch(data.shape[1], 8)
-    if args.steps is None:
-        args.steps = 125 * min(max(10, data.num_classes), 50)
-    args.uncond = min(args.uncond, len(data))
-    if data.num_classes == 1:  # guidance needs other classes
-        args.uncond = 0
-
-
-def smallest_patch(side, most, masked=1):
-    """The side of the smallest patch that gives at most `most` of them a side."""
-    for patch in range(1, side // min(side, 4) + 1):
-        if side % (masked * patch) == 0 and side // patch <= most:
-            return patch
-    # 62 = 2 x 31 pixels would be 2 x 2 patches.
-    raise UsageError(f"images of {side} x {side} pixels do not divide into patches: prepare their "
-                     f"source with --size {math.ceil(side / most) * most}")
+    return Path(data).resolve().name.split(".")[0]
 
 
 # --------------------------------------------------------------------------------------------
@@ -654,7 +621,6 @@ def main(argv=None):
     if args.size not in (None, data.shape[1]):
         raise UsageError(f"{args.data} holds images of side {data.shape[1]}, not --size "
                          f"{args.size}: give their source")
-    fit(args, data)
     parts = world_size() * args.micro_batches
     if (args.labels if args.stage == "generator" else args.batch_size) % parts:
         raise UsageError("--labels (of an encoder --batch_size) must be divisible by processes "
@@ -760,18 +726,14 @@ class Run:
             model.remove(old)
 
     def load(self, folder):
-        """Go on from a checkpoint. Other options are what people resume for: they are said."""
-        args = self.args
-        state = torch.load(folder / "train_state.pt", args.device, weights_only=True)
+        """Go on from a checkpoint."""
+        device = self.args.device
+        state = torch.load(folder / "train_state.pt", device, weights_only=True)
         if (state["data"], state["encoders"]) != (self.data_hash, self.encoder_hashes):
             raise UsageError(f"{folder} was trained on other data or with another encoder: choose "
                              "another --out")
-        for name, value in vars(args).items():
-            before = state["options"].get(name, value)
-            if before != value and name not in ("device", "out", "data", "encoder"):
-                note(f"resuming {args.out} with --{name} {value}, before {before}")
         self.net.load_state_dict(state["net"])
-        self.ema.load_state_dict(load_file(folder / "model.safetensors", args.device))
+        self.ema.load_state_dict(load_file(folder / "model.safetensors", device))
         self.optimizer.load_state_dict(state["optimizer"])
         self.start = state["step"]
 
