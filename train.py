@@ -94,9 +94,9 @@ PRESETS = {
         batch_size=128, cls_steps=200, ema_decay=0.99, lr=2e-3, warmup=50, steps=400,
         sample_every=200, save_every=100),
     "small": dict(
-        stage="generator", encoder=["small_encoder"], model="XS", patch_size=4, labels=5,
-        gen=16, pos=32, uncond=8, alpha_power=0, reals="index", ema_decay=0.99, lr=3e-3,
-        warmup=50, cooldown=0.7, steps=1250, sample_every=100, save_every=100),
+        stage="generator", encoder=["small_encoder"], model="XS", patch_size=4, head_channels=32,
+        labels=5, gen=16, pos=32, uncond=8, alpha_power=0, reals="index", ema_decay=0.99, lr=3e-3,
+        muon=True, warmup=50, cooldown=0.7, steps=1250, sample_every=100, save_every=100),
     # For one modern GPU.
     "cifar10_encoder": dict(
         stage="encoder", data="data/cifar10", base_channels=64, layers=[2, 2, 2],
@@ -166,6 +166,7 @@ def build_parser():
     add("cooldown", 0.0, "last share of the steps, linear to zero")
     add("weight_decay", 0.01, "on all parameters")
     add("clip", 2.0, "largest gradient norm")
+    add("muon", False, "Muon for the matrices of a generator's blocks, AdamW for the rest")
     add("ema_decay", 0.999, "decay of the averaged weights")
 
     add = functools.partial(add_option, parser.add_argument_group("stage encoder (A.3)"))
@@ -182,6 +183,7 @@ def build_parser():
     add("encoder_size", None, "side to which ConvNeXt-V2 or DINOv2 resizes images", type=int)
     add("model", "B", "size of the generator", choices=model.GENERATOR_SIZES)
     add("patch_size", 2, "side of a generator's token")
+    add("head_channels", 0, "width of convolutions across the patches' borders; 0: none")
     add("attn_fp32", False, "attention in float32, as the release's ablation and pixel recipes")
     add("checkpoint_blocks", False, "recompute activations: a third more work, 1/20 of the memory")
     add("labels", 64, "class labels a step, of all processes")
@@ -325,6 +327,7 @@ class GeneratorStage:
         self.data = data
         self.net = model.Generator(data.shape[1], data.shape[0], patch_size=args.patch_size,
                                    num_classes=data.num_classes, attn_fp32=args.attn_fp32,
+                                   head_channels=args.head_channels,
                                    **model.GENERATOR_SIZES[args.model])
         self.net.checkpoint_blocks = args.checkpoint_blocks
         self.vae = open_vae(args, data) if latents else None
@@ -696,8 +699,7 @@ class Run:
         if args.compile:
             self.net.compile()
         self.params = list(self.net.parameters())
-        self.optimizer = torch.optim.AdamW(self.params, args.lr, (0.9, 0.95), eps=1e-8,  # Table 8
-                                           weight_decay=args.weight_decay, fused=True)
+        self.optimizers = make_optimizers(self.net, args)
         # By these a resumed run knows its data and encoders again.
         self.data_hash = data.fingerprint()
         self.encoder_hashes = [model.digest(encoder) for encoder in self.stage.encoders]
@@ -719,7 +721,8 @@ class Run:
         with whole(out / f"step_{step:08d}") as folder:
             self.ema.save_pretrained(folder)
             torch.save({"step": step, "net": self.net.state_dict(),
-                        "optimizer": self.optimizer.state_dict(), "options": vars(self.args),
+                        "options": vars(self.args),
+                        "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                         "data": self.data_hash, "encoders": self.encoder_hashes},
                        folder / "train_state.pt")
         for old in sorted(out.glob("step_" + "[0-9]" * 8))[:-2]:  # a copy of one stays for good
@@ -734,8 +737,27 @@ class Run:
                              "another --out")
         self.net.load_state_dict(state["net"])
         self.ema.load_state_dict(load_file(folder / "model.safetensors", device))
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.start = state["step"]
+
+
+def make_optimizers(net, args):
+    """AdamW (Table 8) of all parameters, but under --muon of the blocks' matrices Muon.
+
+    Not of adaLN's: they map the condition, and begin at zero.
+    """
+    matrices = []
+    if args.muon:
+        matrices = [p for name, p in net.named_parameters()
+                    if name.startswith("blocks.") and p.ndim == 2 and "adaln" not in name]
+    others = [p for p in net.parameters() if all(p is not matrix for matrix in matrices)]
+    result = [torch.optim.AdamW(others, args.lr, (0.9, 0.95), eps=1e-8,
+                                weight_decay=args.weight_decay, fused=True)]
+    if matrices:
+        result.append(torch.optim.Muon(matrices, args.lr, weight_decay=args.weight_decay,
+                                       adjust_lr_fn="match_rms_adamw"))
+    return result
 
 
 def start_from(path, net):
@@ -799,8 +821,9 @@ def train(run):
             #    gradients in the backward pass; a step has as many of those as micro-batches, and
             #    losses that are shared.
             lr = learning_rate(step, args)
-            for group in run.optimizer.param_groups:
-                group["lr"] = lr
+            for optimizer in run.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
             logs = stage.backward(batch, step, log)
             grads = [p.grad for p in params]
             if world_size() > 1:
@@ -815,7 +838,8 @@ def train(run):
             #    forget their first weights too. A step that is not finite changes nothing, on all
             #    processes alike, and the next one draws other samples.
             if norm.isfinite():
-                run.optimizer.step()
+                for optimizer in run.optimizers:
+                    optimizer.step()
                 with torch.no_grad():
                     new = 1 - min(args.ema_decay, (step + 1) / (step + 10))
                     torch._foreach_lerp_(list(run.ema.parameters()), params, new)
@@ -826,7 +850,7 @@ def train(run):
                 if skipped == 10:
                     raise UsageError(f"{args.out}: 10 steps in a row were not finite: lower --lr "
                                      "or raise --warmup, and run the same command again")
-            run.optimizer.zero_grad()
+            run.net.zero_grad()
 
             # 4. Log, picture, evaluation, checkpoint. The evaluation comes before the checkpoint:
             #    one that is interrupted is made again after resuming. The first is of few images,

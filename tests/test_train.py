@@ -110,8 +110,9 @@ def weights(run, step=6):
     state = torch.load(folder / "train_state.pt", weights_only=True)
     tensors = {f"ema.{name}": x.clone() for name, x in load_file(folder / "model.safetensors").items()}
     tensors |= {f"net.{name}": x for name, x in state["net"].items()}
-    for i, slots in state["optimizer"]["state"].items():
-        tensors |= {f"optimizer.{i}.{name}": x for name, x in slots.items()}
+    for k, optimizer in enumerate(state["optimizers"]):
+        for i, slots in optimizer["state"].items():
+            tensors |= {f"optimizer.{k}.{i}.{name}": x for name, x in slots.items()}
     return tensors
 
 
@@ -146,7 +147,8 @@ def randomised(net):
 # --------------------------------------------------------------------------------------------
 # Stopped and resumed, one run a folder
 
-@pytest.mark.parametrize("options", [ENCODER | dict(crop_scale=0.3), GENERATOR, INDEX, SINKHORN])
+@pytest.mark.parametrize("options", [
+    ENCODER | dict(crop_scale=0.3), GENERATOR, INDEX | dict(muon=True, head_channels=4), SINKHORN])
 def test_stopped_and_resumed_is_bit_equal(home, options):
     for run in ("runs/whole", "runs/parts"):
         shutil.rmtree(run, ignore_errors=True)
