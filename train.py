@@ -136,7 +136,6 @@ def build_parser():
     """All options on one screen: name, default, meaning."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__,
                                      formatter_class=model.HelpFormat)
-    on_gpu = torch.cuda.is_available()
     add = functools.partial(add_option, parser.add_argument_group("run"))
     add("preset", None, "row of PRESETS; other options override it", choices=PRESETS)
     add("stage", "generator", "what is trained", choices=STAGES)
@@ -144,8 +143,9 @@ def build_parser():
     add("size", None, "side to which a source is prepared (None: as it is)", type=int)
     add("out", None, "run folder (None: runs/PRESET; of small runs/NAME)")
     add("seed", 0, "with the step, all that randomness depends on")
-    add("device", "cuda" if on_gpu else "cpu", "cuda or cpu")
-    add("bf16", on_gpu, "networks compute in bfloat16; weights, statistics, loss stay float32")
+    add("device", "cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
+    add("bf16", None, "networks compute in bfloat16 (None: on a GPU); weights, statistics and loss "
+        "stay float32", action=argparse.BooleanOptionalAction)
     add("compile", False, "torch.compile the networks")
     add("micro_batches", 1, "parts of a process's share of a step: less memory, the same result")
     add("init_from", None, "weights to start from; a class's rows go by its name")
@@ -235,6 +235,8 @@ def parse(argv=None):
         args.out = "runs/" + preset.replace("small", name_of(args.data))
     if args.device == "cuda":  # by number: the thread that makes batches has a device of its own
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if args.bf16 is None:
+        args.bf16 = args.device != "cpu"
     return args
 
 
