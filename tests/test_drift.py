@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import bench
 import drift
 import reference
 from conftest import FIXTURES, needs_gpu, relative_error
@@ -33,14 +34,27 @@ def loss_and_grad(function, gen, *args, **options):
 @pytest.mark.parametrize("i", range(4))  # 1: no negatives; 3: a generated sample twice
 def test_drift_loss_matches_the_release(i, device="cpu"):
     c = case(i, "drift_loss.npz", device)
-    loss, grad, info = loss_and_grad(drift.drift_loss, c["gen"], c["pos"], c.get("neg"),
-                                     c.get("weight_neg"))
+    result = loss_and_grad(drift.drift_loss, c["gen"], c["pos"], c.get("neg"), c.get("weight_neg"))
+    forces = {tau: c[f"info_loss_{tau}"] for tau in drift.TEMPERATURES}
+    check(result, c, c["info_scale"], forces)
+
+
+@pytest.mark.parametrize("i", range(5))  # 3: no unconditionals; 4: samples that are real too
+def test_sinkhorn_loss_matches_the_release(i, device="cpu"):
+    c = case(i, "sinkhorn_loss.npz", device)
+    options = {name: c[name].item() for name in ("temperature", "iterations")}
+    result = loss_and_grad(drift.sinkhorn_loss, c["gen"], c["gen2"], c["pos"], c.get("uncond"),
+                           c["cfg_scale"], **options)
+    check(result, c, c["scale"], {options["temperature"]: c["mean_square"]})
+
+
+def check(result, c, scale, forces):
+    loss, grad, info = result
     assert relative_error(loss, c["loss"]) < 1e-5
     assert relative_error(grad, c["grad_of_mean"]) < 1e-4
-    assert info["scale"].item() == pytest.approx(c["info_scale"].item(), rel=1e-5)
-    for tau in drift.TEMPERATURES:
-        expected = c[f"info_loss_{tau}"].item()
-        assert info[f"force_{tau}"].item() == pytest.approx(expected, rel=1e-4)
+    assert info["scale"].item() == pytest.approx(scale.item(), rel=1e-5)
+    for tau, force in forces.items():
+        assert info[f"force_{tau}"].item() == pytest.approx(force.item(), rel=1e-4)
 
 
 def random_case(B=3, G=6, P=5, U=4, C=8, offset=0.0, dtype=torch.float32):
@@ -50,19 +64,6 @@ def random_case(B=3, G=6, P=5, U=4, C=8, offset=0.0, dtype=torch.float32):
     weight = 3 * torch.rand(B, U, generator=stream, dtype=torch.float64)
     case = (gen + offset, pos * 0.7 + 0.5 + offset, neg + offset, weight)
     return [x.to(dtype) for x in case]
-
-
-@pytest.mark.parametrize("i", range(5))  # 3: no unconditionals; 4: samples that are real too
-def test_sinkhorn_loss_matches_the_release(i, device="cpu"):
-    c = case(i, "sinkhorn_loss.npz", device)
-    options = {name: c[name].item() for name in ("temperature", "iterations")}
-    loss, grad, info = loss_and_grad(drift.sinkhorn_loss, c["gen"], c["gen2"], c["pos"],
-                                     c.get("uncond"), c["cfg_scale"], **options)
-    assert relative_error(loss, c["loss"]) < 1e-5
-    assert relative_error(grad, c["grad_of_mean"]) < 1e-4
-    assert info["scale"].item() == pytest.approx(c["scale"].item(), rel=1e-5)
-    force = info[f"force_{options['temperature']}"].item()
-    assert force == pytest.approx(c["mean_square"].item(), rel=1e-4)
 
 
 @needs_gpu
@@ -119,7 +120,7 @@ def test_computed_in_float32_under_bfloat16():
     gen, pos, neg, weight = args
     half = gen.bfloat16()
     alpha = 1 + weight[:, 0]
-    for function, targets in [(drift.drift_loss, (pos, neg, weight)),
+    for function, targets in [(drift.drift_loss, (pos, neg, weight)), (drift.drift_loss, (pos,)),
                               (drift.sinkhorn_loss, (gen.flip(0), pos, neg, alpha))]:
         loss, grad, _ = loss_and_grad(function, half, *targets)
         assert loss.dtype == torch.float32 and grad.dtype == torch.bfloat16
@@ -163,28 +164,25 @@ def test_attraction_and_repulsion_are_multipliers_of_their_terms():
         expected = torch.zeros_like(gen)
         targets = torch.cat([gen, neg, pos], 1)
         B, G, _ = gen.shape
-        U = neg.shape[1]
         N = targets.shape[1]
+        first_pos = N - pos.shape[1]
         for b in range(B):
-            w = [1.0] * G + weight[b].tolist() + [1.0] * pos.shape[1]
+            w = torch.cat([gen.new_ones(G), weight[b], gen.new_ones(pos.shape[1])])
             k = torch.zeros(G, N, dtype=torch.float64)
             for i in range(G):
                 for j in range(N):
                     if i != j:
                         distance = (gen[b, i] - targets[b, j]).norm() / info["scale"]
                         k[i, j] = (-distance / 0.2).exp()
+            targets_share = k / k.sum(1, keepdim=True)
+            samples_share = k / k.sum(0)
+            A = {"both": (targets_share * samples_share).sqrt(), "targets": targets_share,
+                 "none": k}[kernel].clamp_min(1e-3) * w
             for i in range(G):
-                A = []
+                plus = A[i, first_pos:].sum()
+                minus = A[i, :first_pos].sum()
                 for j in range(N):
-                    over_targets = k[i, j] / k[i].sum()
-                    over_samples = k[i, j] / k[:, j].sum()
-                    value = {"both": (over_targets * over_samples).sqrt(), "targets": over_targets,
-                             "none": k[i, j]}[kernel]
-                    A.append(max(value.item(), 1e-3) * w[j])
-                plus = sum(A[G + U:])
-                minus = sum(A[:G + U])
-                for j in range(N):
-                    c = 1.5 * A[j] * minus if j >= G + U else -0.5 * A[j] * plus
+                    c = 1.5 * A[i, j] * minus if j >= first_pos else -0.5 * A[i, j] * plus
                     expected[b, i] += c * (targets[b, j] - gen[b, i]) / step
         expected /= expected.square().mean().sqrt()
         assert relative_error(force, expected) < 1e-9, kernel
@@ -192,10 +190,14 @@ def test_attraction_and_repulsion_are_multipliers_of_their_terms():
         drift.drift_loss(gen, pos, kernel="cosine")
 
 
-def test_pieces_with_shared_sums_equal_the_whole():
+@pytest.mark.parametrize("function", [drift.drift_loss, drift.sinkhorn_loss])
+def test_pieces_with_shared_sums_equal_the_whole(function):
     """`reduce` adds up the sums of all pieces, as an all-reduce does: they train what one does."""
-    args = random_case(B=8)
-    whole, whole_grad, _ = loss_and_grad(drift.drift_loss, *args)
+    gen, pos, neg, weight = random_case(B=8)
+    args = (gen, pos, neg, weight)
+    if function is drift.sinkhorn_loss:
+        args = (gen, gen.flip(0), pos, neg, 1 + weight[:, 0])
+    whole, whole_grad, _ = loss_and_grad(function, *args)
 
     def pieces(share):
         """First all pieces' distances are added up, then, with these, all pieces' forces."""
@@ -204,12 +206,13 @@ def test_pieces_with_shared_sums_equal_the_whole():
             partial = {}
 
             def reduce(name, sums):
+                assert sums.dtype == torch.float64
                 if name in totals:
                     return totals[name]
                 partial[name] = partial.get(name, 0) + sums
                 return sums
 
-            results = [loss_and_grad(drift.drift_loss, *part, reduce=reduce)
+            results = [loss_and_grad(function, *part, reduce=reduce)
                        for part in zip(*(a.split([2, 5, 1]) for a in args))]
             if share and which:
                 totals[which] = partial[which]
@@ -253,15 +256,18 @@ def test_the_loss_compiles_without_graph_breaks(monkeypatch, field, options):
 
 def test_what_would_be_wrong_in_silence_is_refused():
     gen, pos, neg, weight = random_case()
-    longer = torch.cat([pos, pos])
-    for args in [(gen, pos[:2]), (gen, longer), (gen, pos[..., :4]), (gen, pos, neg, weight[:, :2]),
-                 (gen, pos, neg[:1], weight), (gen.long(), pos.long()), (gen, pos, neg)]:
-        with pytest.raises((AssertionError, RuntimeError, AttributeError)):
+    wrong = [(gen, pos[:2]), (gen, torch.cat([pos, pos])), (gen, pos, neg, weight[:, :2]),
+             (gen, pos, neg[:1], weight), (gen.long(), pos), (gen, pos, neg),
+             (gen, pos, None, weight)]
+    for args in wrong:
+        with pytest.raises((AssertionError, RuntimeError)):
             drift.drift_loss(*args)
     alpha = weight[:, 0]
-    for gen2, alpha in [(gen[:2], alpha), (gen[..., :4], alpha), (gen, alpha[:1])]:
+    for gen2, alpha in [(gen[:2], alpha), (gen, alpha[:1]), (gen, alpha[:2])]:
         with pytest.raises((AssertionError, RuntimeError)):
             drift.sinkhorn_loss(gen, gen2, pos, neg, alpha)
+    with pytest.raises(AssertionError):
+        drift.sinkhorn_loss(gen, gen, pos, iterations=0)
 
 
 def test_locations_are_entries_of_their_own():
@@ -358,6 +364,7 @@ def test_energy_distance_is_zero_where_the_distributions_match():
     gen, pos = (torch.randn(200, 16, 8, generator=g) for _ in range(2))
     assert abs(drift.energy_distance(gen, pos)) < 0.01
     assert drift.energy_distance(gen + 1, pos) > 0.2
+    assert drift.energy_distance(gen[:, :1], pos[:, :1]) == 2  # one sample has no pairs
     assert not drift.energy_distance(gen.requires_grad_(), pos).requires_grad
 
 
@@ -384,3 +391,13 @@ def test_the_swiss_roll_is_drawn(tmp_path, monkeypatch, capsys):
         assert gif.n_frames > 40
     first, last = re.findall(r"-?\d\.\d+", capsys.readouterr().out.split("distance")[1])
     assert float(last) < 0.5 * float(first)
+
+
+def test_a_step_is_measured_with_nothing_at_hand(monkeypatch, capsys):
+    """`bench.py step`: train.py's own step on random data, with random encoders and their sizes."""
+    monkeypatch.setattr(bench, "matrix_product", lambda: 1.0)
+    bench.bench_step("digits", *"--labels 2 --gen 4 --pos 4 --uncond 2".split())
+    out = capsys.readouterr().out
+    assert "digits_encoder: 0.3M parameters" in out
+    tflop = float(re.search(r"a step: ([\d.e-]+) TFLOP", out)[1])
+    assert 1e-5 < tflop < 1e-3
