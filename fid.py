@@ -16,7 +16,6 @@ and JiT (resize `tf1`) and those of MeanFlow, which the paper's numbers use (`ha
 """
 import argparse
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -30,12 +29,12 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from torch import nn
-from tqdm import tqdm
 
 from model import (HelpFormat, UsageError, all_reduce, barrier, digest, get_rank, load_encoder,
-                   note, run_script, whole, world_size)
+                   note, run_script, whole)
 from prepare_data import Dataset, natural, open_source, to_array
-from sample import add_sampling_options, generate, load_networks, save_grid, to_uint8
+from sample import (add_sampling_options, generate, load_networks, own_batches, save_grid,
+                    to_uint8)
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")
@@ -55,16 +54,13 @@ REAL_FOR_PRECISION = 10_000
 def evaluate(read, num_images, extractor, reference, batch_size=64):
     """Score images 0 to num_images - 1 of `generated` or `open_images`. All processes call it.
 
-    Returns on rank 0, and None elsewhere: num_images; fid, is and is_std, or fd_dinov2, or fd;
-    precision and recall if there are real images; how: features, resize, ref, ref_sha256.
+    Returns num_images; fid, is and is_std, or fd_dinov2, or fd; precision and recall if there are
+    real images; and how it was measured: features, resize, ref.
     """
-    shape = list(read([0]).shape[1:])
-    wanted = np.array(reference.get("shape", shape)).tolist()
-    if shape != wanted:
-        note(f"channels, height, width differ: {shape} here, {wanted} in the reference")
+    shape = np.array(read([0]).shape[1:])
+    if (shape != reference.get("shape", shape)).any():
+        note(f"channels, height, width: {shape} here, {reference['shape']} in the reference")
     fake = gather_features(read, range(num_images), extractor, batch_size)
-    if fake is None:
-        return None
     distance = frechet_distance(*statistics(fake), reference["mu"], reference["sigma"])
     result = {"num_images": num_images, extractor.key: distance}
     if extractor.kind == "inception":
@@ -73,7 +69,8 @@ def evaluate(read, num_images, extractor, reference, batch_size=64):
     if "real" in reference:
         real = torch.as_tensor(reference["real"]).to(fake.device)
         result["precision"], result["recall"] = precision_recall(real, fake)
-    return result | {"features": extractor.name, "resize": extractor.resize} | reference["origin"]
+    return result | {"features": extractor.name, "resize": extractor.resize,
+                     "ref": reference["ref"]}
 
 
 def statistics(features):
@@ -153,8 +150,9 @@ def unit(width_in, width, kernel, stride=1, padding="same"):
 class Mixed(nn.Module):
     """Branches side by side on one input, the last of them a pool; their outputs concatenated.
 
-    A branch is "NAME 48 1x1, NAME 64 5x5": names, widths and kernels of one unit after another;
-    "/ 2": with stride 2 and no padding; "NAME 384 1x3 | NAME 384 3x1": two units on one input.
+    A branch is "NAME 48 1 1, NAME 64 5 5": names, widths and kernels of one unit after another;
+    "NAME 384 3 3 2 0": with this stride and padding; "NAME 384 1 3 | NAME 384 3 1": two units on
+    one input.
     """
 
     def __init__(self, width_in, pool, pool_width, *branches):
@@ -165,11 +163,10 @@ class Mixed(nn.Module):
             width = width_in
             for step in branch.split(", "):
                 units = [text.split() for text in step.split(" | ")]
-                for name, width_out, kernel, *strided in units:
-                    kernel = [int(side) for side in kernel.split("x")]
-                    how = (2, 0) if strided else ()
-                    self.add_module(name, unit(width, int(width_out), kernel, *how))
-                width = int(width_out)
+                for name, *numbers in units:
+                    width_out, height, breadth, *how = map(int, numbers)
+                    self.add_module(name, unit(width, width_out, (height, breadth), *how))
+                width = width_out
                 self.branches[-1].append([name for name, *_ in units])
         self.pool = pool
         self.branch_pool = unit(width_in, pool_width, 1) if pool_width else nn.Identity()
@@ -202,28 +199,28 @@ class Inception(nn.Module):
         self.pool2 = nn.MaxPool2d(3, 2)                                          # 192 35 35
         for name, width, pool_width in [("5b", 192, 32), ("5c", 256, 64), ("5d", 288, 64)]:
             self.add_module(f"Mixed_{name}", Mixed(                              # 288 35 35
-                width, average, pool_width, "branch1x1 64 1x1",
-                "branch5x5_1 48 1x1, branch5x5_2 64 5x5",
-                "branch3x3dbl_1 64 1x1, branch3x3dbl_2 96 3x3, branch3x3dbl_3 96 3x3"))
+                width, average, pool_width, "branch1x1 64 1 1",
+                "branch5x5_1 48 1 1, branch5x5_2 64 5 5",
+                "branch3x3dbl_1 64 1 1, branch3x3dbl_2 96 3 3, branch3x3dbl_3 96 3 3"))
         self.Mixed_6a = Mixed(                                                   # 768 17 17
-            288, nn.MaxPool2d(3, 2), 0, "branch3x3 384 3x3 / 2",
-            "branch3x3dbl_1 64 1x1, branch3x3dbl_2 96 3x3, branch3x3dbl_3 96 3x3 / 2")
+            288, nn.MaxPool2d(3, 2), 0, "branch3x3 384 3 3 2 0",
+            "branch3x3dbl_1 64 1 1, branch3x3dbl_2 96 3 3, branch3x3dbl_3 96 3 3 2 0")
         for name, c in [("6b", 128), ("6c", 160), ("6d", 160), ("6e", 192)]:
             self.add_module(f"Mixed_{name}", Mixed(                              # 768 17 17
-                768, average, 192, "branch1x1 192 1x1",
-                f"branch7x7_1 {c} 1x1, branch7x7_2 {c} 1x7, branch7x7_3 192 7x1",
-                f"branch7x7dbl_1 {c} 1x1, branch7x7dbl_2 {c} 7x1, branch7x7dbl_3 {c} 1x7, "
-                f"branch7x7dbl_4 {c} 7x1, branch7x7dbl_5 192 1x7"))
+                768, average, 192, "branch1x1 192 1 1",
+                f"branch7x7_1 {c} 1 1, branch7x7_2 {c} 1 7, branch7x7_3 192 7 1",
+                f"branch7x7dbl_1 {c} 1 1, branch7x7dbl_2 {c} 7 1, branch7x7dbl_3 {c} 1 7, "
+                f"branch7x7dbl_4 {c} 7 1, branch7x7dbl_5 192 1 7"))
         self.Mixed_7a = Mixed(                                                   # 1280 8 8
-            768, nn.MaxPool2d(3, 2), 0, "branch3x3_1 192 1x1, branch3x3_2 320 3x3 / 2",
-            "branch7x7x3_1 192 1x1, branch7x7x3_2 192 1x7, branch7x7x3_3 192 7x1, "
-            "branch7x7x3_4 192 3x3 / 2")
+            768, nn.MaxPool2d(3, 2), 0, "branch3x3_1 192 1 1, branch3x3_2 320 3 3 2 0",
+            "branch7x7x3_1 192 1 1, branch7x7x3_2 192 1 7, branch7x7x3_3 192 7 1, "
+            "branch7x7x3_4 192 3 3 2 0")
         for name, width, pool in [("7b", 1280, average), ("7c", 2048, nn.MaxPool2d(3, 1, 1))]:
             self.add_module(f"Mixed_{name}", Mixed(                              # 2048 8 8
-                width, pool, 192, "branch1x1 320 1x1",
-                "branch3x3_1 384 1x1, branch3x3_2a 384 1x3 | branch3x3_2b 384 3x1",
-                "branch3x3dbl_1 448 1x1, branch3x3dbl_2 384 3x3, "
-                "branch3x3dbl_3a 384 1x3 | branch3x3dbl_3b 384 3x1"))
+                width, pool, 192, "branch1x1 320 1 1",
+                "branch3x3_1 384 1 1, branch3x3_2a 384 1 3 | branch3x3_2b 384 3 1",
+                "branch3x3dbl_1 448 1 1, branch3x3dbl_2 384 3 3, "
+                "branch3x3dbl_3a 384 1 3 | branch3x3dbl_3b 384 3 1"))
         self.fc = nn.Linear(2048, 1008)  # for the Inception Score, without its bias
 
     def forward(self, x):
@@ -296,31 +293,24 @@ class Extractor:
         return last.relu().mean(1)
 
 
-load_extractor = Extractor  # its name where it is asked for
+load_extractor = Extractor
 
 
 @torch.no_grad()
 @exact_convolutions
-def inception_features(net, images_uint8, resize="tf1"):
-    """uint8 [N, 1 or 3, H, W] -> pool features float32 [N, 2048] on the network's device."""
-    assert images_uint8.dtype == torch.uint8, f"no images of 0 to 255: {images_uint8.dtype}"
-    device = net.fc.weight.device
-    rgb = images_uint8.to(device).expand(-1, 3, -1, -1)  # grey is repeated
-    return net(inception_input(rgb, resize))
-
-
-def inception_input(images, resize):
-    """uint8 [N, 3, H, W] -> float32 [N, 3, 299, 299], (v - 128) / 128, resized bilinearly.
+def inception_features(net, images, resize="tf1"):
+    """uint8 [N, 1 or 3, H, W] -> pool features float32 [N, 2048] on the network's device.
 
     half: pixel centres at half-integers, as torch and MeanFlow. tf1: output i is read at
     i * H / 299, as TensorFlow 1 and ADM. They differ by a shift; neither smooths when shrinking.
     """
-    x = images.float()
+    assert images.dtype == torch.uint8, f"no images of 0 to 255: {images.dtype}"
+    x = images.to(net.fc.weight.device).float()
     if resize == "half":
         x = F.interpolate(x, (299, 299), mode="bilinear", align_corners=False)
     else:
         x = resize_tf1(resize_tf1(x.mT).mT)
-    return (x - 128) / 128
+    return net((x.expand(-1, 3, -1, -1) - 128) / 128)  # grey is repeated
 
 
 def resize_tf1(x):
@@ -334,33 +324,26 @@ def resize_tf1(x):
 
 
 def gather_features(read, indices, extractor, batch_size=64):
-    """Features of the images read(indices), made by all processes: [N, D] in order on rank 0.
-
-    The other ranks get None. Processes share out whole batches, so that their number does not
-    change a bit; another batch_size changes the last ones.
-    """
+    """Features [N, D] of the images read(indices), in order, made by all processes."""
     width = extractor(read(indices[:1])).shape[1]
     rows = torch.zeros(len(indices), width, device=extractor.device)
-    starts = range(get_rank() * batch_size, len(indices), world_size() * batch_size)
-    for start in tqdm(starts, unit=" batches", leave=False, disable=get_rank() > 0):
-        batch = slice(start, start + batch_size)
+    for batch in own_batches(len(indices), batch_size):
         rows[batch] = extractor(read(indices[batch]))
-    all_reduce(rows)  # every row is that of one process plus zeros: the same bits
-    return rows if get_rank() == 0 else None
+    return all_reduce(rows)  # every row is that of one process plus zeros: the same bits
 
 
 # --------------------------------------------------------------------------------------------
 # What is compared: references, images
 
 def open_reference(extractor, ref=None, data=None, batch_size=64):
-    """What images are compared with, a dict, complete on rank 0. All processes call it together.
+    """What images are compared with, a dict. All processes call it together.
 
     ref: a statistics file, or its name or address. data: real images, as `open_images` takes them,
     in place of ref, or beside it for precision and recall. In the dict: mu [D] and sigma [D, D];
-    real [n, D] if there are images; their shape [C, H, W] if known; origin, what to report; of
-    data alone num_images. An extractor without a resize gets that of the reference.
+    real [n, D] if there are images; their shape [C, H, W] if known; ref, their name; of data alone
+    num_images. An extractor without a resize gets that of the reference.
     """
-    reference = {"origin": {"ref": str(data)}}
+    reference = {"ref": str(data)}
     if ref:
         path, resize = find_reference(ref)
         reference = read_statistics(path, resize, extractor)
@@ -372,62 +355,38 @@ def open_reference(extractor, ref=None, data=None, batch_size=64):
     count, read = open_images(data)
     n = min(count, REAL_FOR_PRECISION)
     chosen = [i * count // n for i in range(n)]  # the first n would be images of few classes
-    reference["shape"] = read([0]).shape[1:]
+    reference["shape"] = np.array(read([0]).shape[1:])
     if ref:
         reference["real"] = gather_features(read, chosen, extractor, batch_size)
         return reference
-    tell_shares(data)
+    prepared = open_prepared(data)
+    if prepared and prepared.count.max() > 1.2 * prepared.count.min():
+        note(f"the classes have {prepared.count.min()} to {prepared.count.max()} real images, and "
+             "equally many generated ones: the distance counts this too")
     rows = gather_features(read, range(count), extractor, batch_size)
-    if rows is not None:
-        reference["mu"], reference["sigma"] = statistics(rows)
-        reference |= {"real": rows[chosen], "num_images": count}
-    return reference
-
-
-def tell_shares(data):
-    """Say where a data set's classes are not as even as the generated images' are."""
-    data = open_prepared(data)
-    if data:
-        shares = data.count / len(data)
-        if shares.max() > 1.2 * shares.min():
-            note(f"the classes have {shares.min():.1%} to {shares.max():.1%} of the real images, "
-                 f"generated ones {1 / len(shares):.1%} each: the distance counts this too")
+    mu, sigma = statistics(rows)
+    return reference | {"mu": mu, "sigma": sigma, "real": rows[chosen], "num_images": count}
 
 
 def find_reference(ref):
     """Path of the statistics --ref, downloaded if need be, and their resize if the name says it."""
     if Path(ref).exists():
         return ref, None
-    address, resize = REFERENCES.get(ref, (ref, None))
-    # The first process of a machine downloads, the others find the file in its cache.
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    if not first:
-        barrier()
-    try:
-        if address.startswith("hf://"):
-            user, repo, file = address.removeprefix("hf://").split("/", 2)
-            path = hf_hub_download(f"{user}/{repo}", file)
-        elif "://" in address:
-            path = download(address)
-        else:
-            raise FileNotFoundError(f"no such file, nor one of {', '.join(REFERENCES)}")
-    except (OSError, zipfile.BadZipFile) as error:
-        raise UsageError(f"--ref {ref}: {error}") from error
-    if first:
-        barrier()
-    return path, resize
-
-
-def download(url):
-    """An .npz of the web, in torch.hub's cache."""
+    url, resize = REFERENCES.get(ref, (ref, None))
+    if url.startswith("hf://"):
+        user, repo, file = url.removeprefix("hf://").split("/", 2)
+        return hf_hub_download(f"{user}/{repo}", file), resize
+    if "://" not in url:
+        raise UsageError(f"--ref {ref}: no such file, nor one of {', '.join(REFERENCES)}")
     path = Path(torch.hub.get_dir(), "checkpoints", url.partition("://")[2])
-    if not path.is_file():
+    if os.environ.get("LOCAL_RANK", "0") == "0" and not path.is_file():
         note(f"downloading {url} to {path} (adm256: 2 GB)")
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole(path) as partial:
             torch.hub.download_url_to_file(url, partial, progress=get_rank() == 0)
             zipfile.ZipFile(partial).close()  # of a file cut short the end is missed here
-    return path
+    barrier()  # the first process of a machine downloads, the others find the file
+    return path, resize
 
 
 def read_statistics(path, resize, extractor):
@@ -441,9 +400,9 @@ def read_statistics(path, resize, extractor):
     prefix = ""
     if "ref_mu" in file:
         prefix = "ref_"
-        resize = resize or "half"
+        resize = "half"
     elif "mu_s" in file:
-        resize = resize or "tf1"
+        resize = "tf1"
     elif "resize" in file:
         resize = str(file["resize"])
     extractor.resize = extractor.resize or resize
@@ -453,10 +412,7 @@ def read_statistics(path, resize, extractor):
     if resize not in (None, extractor.resize) or not extractor.name.startswith(features):
         raise UsageError(f"{path} was made with features {features}, resize {resize}; this run has "
                          f"features {extractor.name}, resize {extractor.resize}")
-    with open(path, "rb") as data:
-        sha256 = hashlib.file_digest(data, "sha256").hexdigest()
-    return {"mu": file[prefix + "mu"], "sigma": file[prefix + "sigma"],
-            "origin": {"ref": Path(path).name, "ref_sha256": sha256},
+    return {"mu": file[prefix + "mu"], "sigma": file[prefix + "sigma"], "ref": Path(path).name,
             **{key: file[key] for key in ("real", "shape") if key in file}}
 
 
@@ -504,15 +460,14 @@ def open_npz(path):
     shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
     if dtype != np.uint8 or shape[-1] not in (1, 3) or fortran:
         raise UsageError(f"{path}: arr_0 is {dtype} {list(shape)}, not uint8 [N, H, W, 1 or 3]")
-    first = member.tell()
-    size = math.prod(shape[1:])
+    start = member.tell()
 
     def read(indices):
-        images = []
-        for i in indices:
-            member.seek(first + i * size)
-            images.append(np.frombuffer(member.read(size), np.uint8).reshape(shape[1:]))
-        return torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2))
+        images = np.empty((len(indices), *shape[1:]), np.uint8)
+        for image, i in zip(images, indices):
+            member.seek(start + i * image.nbytes)
+            member.readinto(image)
+        return torch.from_numpy(images.transpose(0, 3, 1, 2))
     return shape[0], read
 
 
@@ -521,14 +476,12 @@ def open_npz(path):
 
 def command_ref(args, extractor):
     reference = open_reference(extractor, None, args.data, args.batch_size)
-    if get_rank() > 0:
-        return
-    reference |= {key: reference[key].cpu() for key in ("mu", "sigma", "real")}
-    reference |= {"features": extractor.name, "resize": extractor.resize}
-    del reference["origin"]
-    with whole(args.out) as partial, open(partial, "wb") as file:
-        np.savez(file, **reference)
-    print(f"{args.out}: {reference['num_images']:,} images, features {extractor.name}")
+    if get_rank() == 0:
+        reference |= {key: reference[key].cpu() for key in ("mu", "sigma", "real")}
+        reference |= {"features": extractor.name, "resize": extractor.resize}
+        with whole(args.out) as partial, open(partial, "wb") as file:
+            np.savez(file, **reference)
+        print(f"{args.out}: {reference['num_images']:,} images, features {extractor.name}")
 
 
 def command_eval(args, extractor):
@@ -545,7 +498,7 @@ def command_eval(args, extractor):
                    for alpha in args.cfg_scale]
     num_images = args.num_images or num_images
     reference = open_reference(extractor, args.ref, args.data, args.batch_size)
-    if get_rank() == 0 and num_images <= len(reference["mu"]):
+    if num_images <= len(reference["mu"]):
         note(f"{num_images} images are fewer than the features: the distance is too high")
     for source, read in sources:
         result = evaluate(read, num_images, extractor, reference, args.batch_size)
@@ -559,10 +512,10 @@ def json_line(row):
 
 
 def command_neighbours(args, extractor):
-    """Paper B.4: generated images, each beside the training images nearest to it; three figures.
+    """Paper B.4: generated images, each beside the training images nearest to it; two figures.
 
     Copies would be nearer to training images than held-out ones (split `test`) are, noise farther.
-    Wrong classes have neighbours of another class; collapse brings images of a class together.
+    Images of a wrong class have neighbours of another class.
     """
     extractor.resize = extractor.resize or "tf1"
     train = Dataset(args.data)
@@ -571,54 +524,35 @@ def command_neighbours(args, extractor):
     assert classes == train.meta["classes"], f"{args.ckpt} makes other classes: {classes}"
     [alpha] = args.cfg_scale
     fake = generated(generator, alpha, args.seed, args.temperature, vae)
-    sets = {"generated": (fake, np.arange(args.num_images or 1000) % train.num_classes),
-            "training": (open_images(args.data)[1], train.labels)}
+    sets = [("generated", fake, np.arange(args.num_images or 1000) % train.num_classes)]
     test = Path(args.data, "test")
     if test.is_dir():
-        sets["held out"] = (open_images(test)[1], Dataset(args.data, "test").labels)
-    rows = {name: gather_features(read, range(len(labels)), extractor, args.batch_size)
-            for name, (read, labels) in sets.items()}
-    if get_rank() > 0:
-        return
-
-    spread = [spread_in_classes(rows[name], sets[name][1]) for name in ("generated", "training")]
-    real = rows.pop("training")
-    means = {}
-    for name in rows:
-        labels = sets[name][1]
-        distance, index = nearest(rows[name], real, 1)
-        means[name] = distance.mean()
+        sets.insert(0, ("held out", open_images(test)[1], Dataset(args.data, "test").labels))
+    _, read = open_images(args.data)
+    real = gather_features(read, range(len(train)), extractor, args.batch_size)
+    real = real.double()  # in float32 a copy would not be at distance 0
+    k = min(8, len(real))
+    means = []
+    for name, read, labels in sets:
+        rows = gather_features(read, range(len(labels)), extractor, args.batch_size).double()
+        parts = [torch.cdist(part, real).topk(k, largest=False) for part in rows.split(500)]
+        distance = torch.cat([part.values for part in parts])                   # n k
+        index = torch.cat([part.indices for part in parts]).cpu().numpy()       # n k
+        means.append(distance[:, 0].mean())
         same = train.labels[index[:, 0]] == labels
         worst = min(same[labels == c].mean() for c in np.unique(labels))
-        print(f"{name:10} nearest training image of the same class {same.mean():6.1%} (worst class "
-              f"{worst:.1%}), at distance {means[name]:.3f}")
-    if "held out" in means:
-        print(f"distance to the training images {means['generated'] / means['held out']:.3f} of "
-              f"the held-out images'; distance within a class {spread[0] / spread[1]:.3f} of the "
-              "training images'")
+        if get_rank() == 0:
+            print(f"{name:10} nearest training image of the same class {same.mean():6.1%} (worst "
+                  f"class {worst:.1%}), at distance {means[-1]:.3f}")
+    if get_rank() > 0:
+        return
+    if test.is_dir():
+        print(f"distance to the training images {means[1] / means[0]:.3f} of the held-out images'")
     images = []
-    index = nearest(rows["generated"][:20], real, min(8, len(real)))[1]
-    for i, neighbours in enumerate(index):
+    for i, neighbours in enumerate(index[:20]):  # of the generated images, the last set
         images += [fake([i]), torch.from_numpy(train.images[neighbours])]
-    save_grid(torch.cat(images), 1 + index.shape[1], args.out)
+    save_grid(torch.cat(images), 1 + k, args.out)
     print(f"{args.out}: in each row a generated image, then the training images nearest to it")
-
-
-def nearest(x, real, k):
-    """Distances [n, k] and indices [n, k] of the k rows of `real` nearest to each row of x."""
-    real = real.double()  # in float32 a copy would not be at distance 0
-    parts = [torch.cdist(part, real).topk(k, largest=False) for part in x.double().split(500)]
-    values, indices = [torch.cat(tensors) for tensors in zip(*parts)]
-    return values, indices.cpu().numpy()
-
-
-def spread_in_classes(rows, labels):
-    """Mean distance between two images of a class, averaged over the classes."""
-    means = []
-    for c in np.unique(labels):
-        members = rows[torch.from_numpy(labels == c)][:1000]
-        means.append(torch.pdist(members.double()).mean().item())
-    return np.mean(means)
 
 
 def parse(argv=None):
@@ -653,7 +587,6 @@ def main(argv=None):
     extractor = load_extractor(args.features, args.resize, args.inception, args.device)
     {"ref": command_ref, "eval": command_eval, "neighbours": command_neighbours}[args.command](
         args, extractor)
-    barrier()  # the others wait for rank 0, which computes the figures
 
 
 if __name__ == "__main__":

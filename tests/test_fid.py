@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import zipfile
 
 import numpy as np
 import pytest
@@ -64,16 +65,26 @@ def relative(a, b):
 # --------------------------------------------------------------------------------------------
 # The network
 
+@pytest.fixture
+def seen(net):
+    """What the network gets, and whether a GPU would compute it in TF32."""
+    calls = []
+    handle = net.register_forward_pre_hook(
+        lambda _, x: calls.append((x[0], torch.backends.cudnn.allow_tf32)))
+    yield calls
+    handle.remove()
+
+
 @pytest.mark.parametrize("size", [64, 256])
 @pytest.mark.parametrize("resize", ["tf1", "half"])
-def test_features_and_logits(net, expected, size, resize):
+def test_features_and_logits(net, expected, size, resize, seen):
     images = recipe.images(size)
+    features = fid.inception_features(net, images, resize)
+    [(prepared, tf32)] = seen
+    assert not tf32 and torch.backends.cudnn.allow_tf32 and features.dtype == torch.float32
     at = [0, 1, 2, 149, 150, 297, 298]
-    prepared = fid.inception_input(images, resize)
     wanted = expected[f"resized_{resize}_{size}"]
     assert np.abs(prepared[:, :, at][..., at].numpy() - wanted).max() < 1e-6
-    features = fid.inception_features(net, images, resize)
-    assert features.dtype == torch.float32
     assert relative(features, expected[f"feat_{resize}_{size}"]) < 1e-5
     if resize == "tf1":
         assert relative(features @ net.fc.weight.T, expected[f"logits_tf1_{size}"]) < 1e-5
@@ -82,27 +93,15 @@ def test_features_and_logits(net, expected, size, resize):
         assert torch.equal(prepared, (resized - 128) / 128)
 
 
-def test_features_do_not_depend_on_the_batch_and_grey_is_repeated(net):
+def test_features_do_not_depend_on_the_batch_and_grey_is_repeated(net, seen):
     images = recipe.images(64)[:2]
     one_by_one = [fid.inception_features(net, image[None]) for image in images]
     assert relative(torch.cat(one_by_one), fid.inception_features(net, images).numpy()) < 1e-6
-    grey = images[:1, :1]
-    rgb = grey.repeat(1, 3, 1, 1)
-    assert torch.equal(fid.inception_features(net, grey), fid.inception_features(net, rgb))
+    fid.inception_features(net, images[:1, :1])
+    fid.inception_features(net, images[:1, :1].repeat(1, 3, 1, 1))
+    assert torch.equal(seen[-1][0], seen[-2][0])
     with pytest.raises(AssertionError, match="float32"):
         fid.inception_features(net, images.float())
-
-
-def test_features_are_computed_without_tf32(net, monkeypatch):
-    """Which no CPU has: the switch that a GPU reads is off inside, and left as it was."""
-    inside = []
-
-    def forward(x):
-        inside.append(torch.backends.cudnn.allow_tf32)
-        return x
-    monkeypatch.setattr(net, "forward", forward)
-    fid.inception_features(net, recipe.images(64)[:1])
-    assert inside == [False] and torch.backends.cudnn.allow_tf32
 
 
 def test_weights_are_strict_and_never_unpickled(net, expected, weights, tmp_path):
@@ -115,9 +114,6 @@ def test_weights_are_strict_and_never_unpickled(net, expected, weights, tmp_path
     torch.save({**state, "AuxLogits.fc.weight": torch.zeros(1)}, tmp_path / "torchvision.pth")
     with pytest.raises(RuntimeError, match="AuxLogits"):
         fid.load_inception(tmp_path / "torchvision.pth")
-    torch.save({"net": torch.nn.Linear(1, 1)}, tmp_path / "pickled.pth")  # code would have to run
-    with pytest.raises(Exception, match="Weights only load failed"):
-        fid.load_inception(tmp_path / "pickled.pth")
 
 
 def test_download_is_hashed_and_kept(net, weights, tmp_path, monkeypatch, capsys):
@@ -143,15 +139,11 @@ def distance(a, b):
     return fid.frechet_distance(*fid.statistics(a), *fid.statistics(b))
 
 
-def test_statistics_equal_numpy():
-    x = recipe.fd_small()[0]
-    mu, sigma = fid.statistics(x)
-    assert np.abs(sigma.numpy() - np.cov(x.double().numpy(), rowvar=False)).max() < 1e-12
-    assert np.abs(mu.numpy() - x.double().numpy().mean(0)).max() < 1e-14
-
-
 def test_frechet_distance_of_the_fixture(expected):
     a, b = recipe.fd_small()
+    mu, sigma = fid.statistics(a)
+    assert np.abs(sigma.numpy() - np.cov(a.double().numpy(), rowvar=False)).max() < 1e-12
+    assert np.abs(mu.numpy() - a.double().numpy().mean(0)).max() < 1e-14
     assert abs(distance(a, b) - expected["fd_small"][0]) < 1e-8
     assert abs(distance(a, a)) < 1e-8
     a, b = recipe.fd_large()  # rank 999 in 2048 dimensions
@@ -240,8 +232,7 @@ def test_reference_files(tmp_path, eight_values, tool):
     assert extractor.resize == (resize or "half")
     assert np.array_equal(reference["mu"], MU) and np.array_equal(reference["sigma"], SIGMA)
     assert ("real" in reference) == (tool in ("adm", "ours"))
-    assert reference["origin"] == {"ref": path.name, "ref_sha256": hashlib.sha256(
-        path.read_bytes()).hexdigest()}
+    assert reference["ref"] == path.name
     if resize:
         other = {"tf1": "half", "half": "tf1"}[resize]
         with pytest.raises(UsageError, match=f"resize {resize}; this run .* resize {other}"):
@@ -253,54 +244,43 @@ def test_reference_files(tmp_path, eight_values, tool):
             fid.open_reference(stand_in("half", "inception-1"), path)
 
 
-def test_statistics_are_not_unpickled(tmp_path):
-    np.savez(tmp_path / "x.npz", mu=MU, sigma=np.array([{}], object))
-    with pytest.raises(ValueError, match="allow_pickle"):
-        fid.open_reference(stand_in("tf1"), tmp_path / "x.npz")
-
-
 @pytest.fixture
 def web(tmp_path, monkeypatch):
-    """A server of the files in tmp_path/web, whose cache is tmp_path/hub. `cut`: bytes it sends."""
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def copyfile(self, source, output):
-            asked.append(self.path)
-            output.write(source.read()[:web.cut])
-
-        def log_message(self, *_):
-            pass
-
+    """Address of a server of the files in tmp_path/web, whose cache is tmp_path/hub."""
     (tmp_path / "web/a").mkdir(parents=True)
     (tmp_path / "web/b").mkdir()
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
-    handler = functools.partial(Handler, directory=tmp_path / "web")
-    web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    web.url, web.cut = f"http://127.0.0.1:{web.server_port}", None
-    web.asked = asked = []
-    threading.Thread(target=web.serve_forever, args=(0.05,), daemon=True).start()
-    yield web
-    web.shutdown()
-    web.server_close()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "web")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
 
 
-def test_references_of_the_web(web, tmp_path, monkeypatch, capsys):
+def test_references_of_the_web(web, tmp_path, monkeypatch):
     """Downloaded once; a name carries its resize; files of one name do not replace each other."""
-    np.savez(tmp_path / "web/a/stats.npz", mu=MU, sigma=SIGMA)
+    file = tmp_path / "web/a/stats.npz"
+    np.savez(file, mu=MU, sigma=SIGMA)
     np.savez(tmp_path / "web/b/stats.npz", ref_mu=MU + 1, ref_sigma=SIGMA)
-    monkeypatch.setitem(fid.REFERENCES, "jit256", (f"{web.url}/a/stats.npz", "tf1"))
+    monkeypatch.setitem(fid.REFERENCES, "jit256", (f"{web}/a/stats.npz", "tf1"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:300])
+    with pytest.raises(zipfile.BadZipFile):  # and is not kept
+        fid.open_reference(stand_in(), "jit256")
+    file.write_bytes(whole)
     for _ in range(2):
         extractor = stand_in()
         reference = fid.open_reference(extractor, "jit256")
         assert extractor.resize == "tf1" and np.array_equal(reference["mu"], MU)
-    assert web.asked == ["/a/stats.npz"]
-    assert "2 GB" in capsys.readouterr().err
+        file.unlink(missing_ok=True)
     with pytest.raises(UsageError, match="resize tf1; this run has .* resize half"):
         fid.open_reference(stand_in("half"), "jit256")
     extractor = stand_in()
-    reference = fid.open_reference(extractor, f"{web.url}/b/stats.npz")
+    reference = fid.open_reference(extractor, f"{web}/b/stats.npz")
     assert extractor.resize == "half" and reference["mu"][0] == 1
-    with pytest.raises(UsageError, match="does not say how"):
-        fid.open_reference(stand_in(), f"{web.url}/a/stats.npz")
+    with pytest.raises(UsageError, match="--ref meanflow255: no such file, nor one of meanflow256"):
+        fid.open_reference(stand_in(), "meanflow255")
 
     monkeypatch.chdir(tmp_path)  # an existing path goes before a name
     np.savez("jit256", ref_mu=MU + 2, ref_sigma=SIGMA)
@@ -308,38 +288,17 @@ def test_references_of_the_web(web, tmp_path, monkeypatch, capsys):
     assert fid.open_reference(stand_in(), "jit256")["mu"][0] == 2
 
 
-def test_a_download_that_fails_leaves_nothing(web, tmp_path):
-    np.savez(tmp_path / "web/a/stats.npz", mu=MU, sigma=SIGMA)
-    address = f"{web.url}/a/stats.npz"
-    web.cut = 300
-    with pytest.raises(UsageError, match="--ref http.*not a zip file"):
-        fid.open_reference(stand_in("tf1"), address)
-    assert not list((tmp_path / "hub").rglob("stats.npz"))
-    web.cut = None
-    assert fid.open_reference(stand_in("tf1"), address)["mu"][1] == 1
-    for wrong, reason in {f"{web.url}/missing.npz": "404", "http://127.0.0.1:9/x.npz": "refused",
-                          "meanflow255": "no such file, nor one of meanflow256, "}.items():
-        with pytest.raises(UsageError, match=f"--ref {wrong}: .*{reason}"):
-            fid.open_reference(stand_in("tf1"), wrong)
-
-
 def test_references_of_the_hub(run, tmp_path):
-    """By a published name and by an address, from an empty cache."""
-    np.savez(tmp_path / "jit.npz", mu=np.zeros(64), sigma=np.eye(64))
+    """By an address, from an empty cache; the published names are such addresses."""
     np.savez(tmp_path / "s.npz", mu=np.zeros(64), sigma=np.eye(64), features="pixels",
              resize="none")
-    files = {name: (tmp_path / name).read_bytes() for name in ("jit.npz", "s.npz")}
-    with HubServer({"jiaqihan99/W-Flow": {"stats/jit_in256_stats.npz": files["jit.npz"]},
-                    "me/mine": {"s.npz": files["s.npz"]}}) as hub:
+    with HubServer({"me/mine": {"stats/s.npz": (tmp_path / "s.npz").read_bytes()}}) as hub:
         environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
         command = [sys.executable, ROOT / "fid.py", "eval", "--images", "one.npz", "--features",
-                   "pixels", "--ref"]
-        said = [subprocess.run([*command, ref], cwd=run, env=environment, capture_output=True,
-                               text=True) for ref in ("jit256", "hf://me/mine/s.npz")]
-        assert hub.fetched == ["stats/jit_in256_stats.npz", "s.npz"]
-    assert "features inception, resize tf1; this run has features pixels" in said[0].stderr
-    assert "Traceback" not in said[0].stderr and said[0].returncode == 1
-    assert json.loads(said[1].stdout)["ref"] == "s.npz", said[1].stderr
+                   "pixels", "--ref", "hf://me/mine/stats/s.npz"]
+        said = subprocess.run(command, cwd=run, env=environment, capture_output=True, text=True)
+        assert hub.fetched == ["stats/s.npz"]
+    assert json.loads(said.stdout)["ref"] == "s.npz", said.stderr
 
 
 # --------------------------------------------------------------------------------------------
@@ -363,10 +322,6 @@ def test_images_from_everywhere(tmp_path):
         count, read = fid.open_images(tmp_path / source)
         rows = read(range(count)).permute(0, 2, 3, 1).numpy()
         assert sorted(map(bytes, rows)) == sorted(map(bytes, IMAGES))
-    (tmp_path / "folder/class/13.png").write_bytes(b"no image")
-    count, read = fid.open_images(tmp_path / "folder")
-    with pytest.raises(UsageError, match="class/13.png"):
-        read([12])
 
 
 def test_of_splits_train_is_taken(tmp_path, capsys):
@@ -379,7 +334,7 @@ def test_of_splits_train_is_taken(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("array", [
-    np.zeros((4, 1, 8, 8), np.uint8), np.zeros((4, 8, 8, 4), np.uint8), np.zeros((4, 8, 8, 3)),
+    np.zeros((4, 1, 8, 8), np.uint8), np.zeros((4, 8, 8, 3)),
     np.asfortranarray(np.zeros((4, 8, 8, 3), np.uint8))])
 def test_an_array_that_is_no_images_is_refused(tmp_path, array):
     np.savez(tmp_path / "x.npz", arr_0=array)
@@ -497,7 +452,6 @@ def test_inception_scores(command, run, weights, monkeypatch):
     assert (before[1] == np.random.get_state()[1]).all()
     assert row["fid"] > 0 and row["is"] >= 1 and 0 <= row["recall"] <= 1
     assert row["resize"] == "half" and row["ref"] == "stats.npz"  # as the reference says itself
-    assert row["ref_sha256"] == hashlib.sha256((run / "stats.npz").read_bytes()).hexdigest()
     assert "fewer than the features" in command.stderr
 
 
@@ -555,7 +509,7 @@ def test_several_processes(command, run, tmp_path):
             pixels = fid.load_extractor("pixels")
             for count in {counts}:
                 rows = fid.gather_features(read, [10 * i for i in range(count)], pixels, 2)
-                print("rows", None if rows is None else ((rows + 1) * 127.5).round().tolist())
+                print("rows", ((rows + 1) * 127.5).round().tolist())
         model.run_script(main)""")
     processes = ranks(2, script, cwd=run)
     said = [process.communicate(timeout=100)[0] for process in processes]
@@ -563,8 +517,8 @@ def test_several_processes(command, run, tmp_path):
     two = [json.loads(text) for text in said[0].splitlines() if text.startswith("{")]
     assert two == [row for line in lines for row in command(line)] and len(two) == 3
     assert "{" not in said[1]
-    for rank, text in enumerate(said):
-        rows = [[[10.0 * i] * 4 for i in range(count)] if rank == 0 else None for count in counts]
+    for text in said:
+        rows = [[[10.0 * i] * 4 for i in range(count)] for count in counts]
         assert [x for x in text.splitlines() if x.startswith("rows")] == [f"rows {x}" for x in rows]
 
 
@@ -579,47 +533,32 @@ def test_generated_images_are_those_of_the_protocol(run):
 
 
 def flat(images):
-    return torch.as_tensor(images).flatten(1).double() / 127.5 - 1
+    return np.asarray(images).reshape(len(images), -1) / 127.5 - 1
 
 
 def test_neighbours_figures_by_hand(run, command):
-    """The three figures in pixel space, written out as loops in NumPy, and the picture."""
+    """The figures in pixel space, written out as loops in NumPy, and the picture."""
     command("neighbours --ckpt gen --data digits --features pixels --num_images 60 --out n.png")
     said = {line.split()[0]: line for line in command.stdout.splitlines()}
     train = prepare_data.Dataset(run / "digits")
     test = prepare_data.Dataset(run / "digits", "test")
-    real = flat(np.array(train.images)).numpy()
+    real = flat(np.array(train.images))
     samples = fid.generated(model.load_generator(run / "gen"))(range(60))
-    generated = flat(samples).numpy()
-    asked = np.arange(60) % 10
-
-    def nearest(rows, labels):
+    distances = []
+    for name, rows, labels in (("generated", flat(samples), np.arange(60) % 10),
+                               ("held", flat(np.array(test.images)), test.labels)):
         pairs = [np.sqrt(((row - real) ** 2).sum(1)) for row in rows]
+        distances.append(np.mean([d.min() for d in pairs]))
         same = train.labels[[d.argmin() for d in pairs]] == labels
-        return np.mean([d.min() for d in pairs]), same, min(
-            same[labels == c].mean() for c in range(10))
-
-    def within(rows, labels):
-        means = []
-        for c in range(10):
-            members = rows[labels == c]
-            pairs = [np.linalg.norm(a - b) for i, a in enumerate(members) for b in members[:i]]
-            means.append(np.mean(pairs))
-        return np.mean(means)
-
-    measured, same, worst = nearest(generated, asked)
-    assert said["generated"].endswith(f"the same class {same.mean():6.1%} (worst class "
-                                      f"{worst:.1%}), at distance {measured:.3f}")
-    yardstick, same, worst = nearest(flat(np.array(test.images)).numpy(), test.labels)
-    assert said["held"].endswith(f"the same class {same.mean():6.1%} (worst class {worst:.1%}), at "
-                                 f"distance {yardstick:.3f}")
-    ratio = within(generated, asked) / within(real, train.labels)
-    assert f"training images {measured / yardstick:.3f} of the held-out" in said["distance"]
-    assert f"within a class {ratio:.3f} of the training" in said["distance"]
+        worst = min(same[labels == c].mean() for c in range(10))
+        assert said[name].endswith(f"the same class {same.mean():6.1%} (worst class {worst:.1%}), "
+                                   f"at distance {distances[-1]:.3f}")
+    ratio = distances[0] / distances[1]
+    assert said["distance"] == f"distance to the training images {ratio:.3f} of the held-out images'"
 
     picture = np.asarray(Image.open(run / "n.png"))
     assert picture.shape == (20 * 66 - 2, 9 * 66 - 2, 3)
-    nearest = train.images[((generated[5] - real) ** 2).sum(1).argmin()]
+    nearest = train.images[((flat(samples)[5] - real) ** 2).sum(1).argmin()]
     for image, left in ((samples[5], 0), (nearest, 66)):  # row 5: the sample, the nearest
         tile = Image.fromarray(np.asarray(image[0])).resize((64, 64), Image.Resampling.BICUBIC)
         assert np.array_equal(picture[5 * 66:5 * 66 + 64, left:left + 64, 0], np.asarray(tile))
@@ -634,7 +573,7 @@ def test_classes_of_uneven_sizes_are_told(command, run):
         Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(folder / f"{i}.png")
     prepare_data.prepare(run / "uneven_files", run / "uneven", channels=1)
     command("eval --images one.npz --data uneven --features pixels")
-    assert "25.0% to 75.0% of the real images, generated ones 50.0% each" in command.stderr
+    assert "the classes have 5 to 15 real images" in command.stderr
     command("eval --images one.npz --data digits --features pixels")
     assert "real images" not in command.stderr
 
@@ -642,14 +581,11 @@ def test_classes_of_uneven_sizes_are_told(command, run):
 def test_other_channels_are_told(command, run, capsys):
     """sample.py's grey PNGs come back as RGB, where grey data have one channel."""
     sample.main(["--ckpt", str(run / "gen"), "--num_images", "20", "--out", str(run / "pngs")])
-    for features in ("pixels", "encoder:enc"):
-        command(f"ref --data digits --features {features} --out channels.npz")
-        for ref in ("--data digits", "--ref channels.npz"):
-            with pytest.raises(RuntimeError):  # torch's
-                command(f"eval --images pngs {ref} --features {features}")
-            assert "differ: [3, 8, 8] here, [1, 8, 8] in the ref" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        command("eval --images pngs --num_image 3")  # no abbreviations
+    command("ref --data digits --features pixels --out channels.npz")
+    for ref in ("--data digits", "--ref channels.npz"):
+        with pytest.raises(RuntimeError):  # torch's
+            command(f"eval --images pngs {ref} --features pixels")
+        assert "[3 8 8] here, [1 8 8] in the reference" in capsys.readouterr().err
 
 
 def test_json_lines_are_json():
