@@ -71,12 +71,12 @@ def to_uint8(images):
 
 
 def save_grid(images, columns, path, names=()):
-    """uint8 [N, 1 or 3, H, W] -> one PNG, row by row; small images are enlarged to 64 pixels.
+    """uint8 [N, 1 or 3, H, W] -> one PNG, row by row; small images are enlarged to about 80 pixels.
 
     names: texts above the first images. Those of one row head the columns.
     """
     _, _, height, width = images.shape
-    zoom = max(1, 64 // height)
+    zoom = max(1, round(80 / height))
     step_x = width * zoom + 2  # a gap of two pixels between images
     step_y = height * zoom + 2
     rows = math.ceil(len(images) / columns)
@@ -163,10 +163,8 @@ def main(argv=None):
     check_shared(folder)
     generator, vae = load_networks(args)
     names = generator.origin.get("classes") or [str(c) for c in range(generator.num_classes)]
-    classes = list(range(len(names)))
-    if args.classes:
-        classes = class_numbers(args.classes, names)
-    elif out.suffix == ".png":
+    classes = class_numbers(args.classes or names, names)
+    if out.suffix == ".png" and not args.classes:
         classes = classes[:10]
 
     rows = len(args.cfg_scale)

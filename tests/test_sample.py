@@ -47,8 +47,8 @@ def run(*words):
 
 
 def enlarged(tile):
-    """[8, 8] -> [64, 64], as in a grid."""
-    return np.asarray(Image.fromarray(np.asarray(tile)).resize((64, 64), Image.Resampling.BICUBIC))
+    """[8, 8] -> [80, 80], as in a grid."""
+    return np.asarray(Image.fromarray(np.asarray(tile)).resize((80, 80), Image.Resampling.BICUBIC))
 
 
 # --------------------------------------------------------------------------------------------
@@ -116,9 +116,9 @@ def test_uint8_is_floor():
 def test_grids_folders_and_files(generator, folder, tmp_path):
     run("--ckpt", folder, "--out", tmp_path / "g.png", "--classes", 3, 7, "--num_images", 6)
     grid = np.asarray(Image.open(tmp_path / "g.png"))
-    assert grid.shape == (20 + 3 * 66 - 2, 2 * 66 - 2, 3)
+    assert grid.shape == (20 + 3 * 82 - 2, 2 * 82 - 2, 3)
     tile = sample.to_uint8(sample.generate(generator, [7], [3]))[0, 0]  # second row and column
-    assert np.abs(grid[20 + 66:][:64, 66:130, 0].astype(int) - enlarged(tile)).max() <= 1
+    assert np.abs(grid[20 + 82:][:80, 82:162, 0].astype(int) - enlarged(tile)).max() <= 1
 
     run("--ckpt", folder, "--out", tmp_path / "x.npz", "--num_images", 5)
     array = np.load(tmp_path / "x.npz")["arr_0"]
@@ -223,12 +223,12 @@ def test_classes_have_names(folder, generator, tmp_path):
     net.save_pretrained(named)
     run("--ckpt", named, "--classes", "dog", 3, 9, "--num_images", 3, "--out", tmp_path / "x.png")
     grid = np.asarray(Image.open(tmp_path / "x.png"))
-    assert grid.shape == (20 + 64, 3 * 66 - 2, 3)
+    assert grid.shape == (20 + 80, 3 * 82 - 2, 3)
     for column, label in enumerate([1, 2, 9]):  # a name goes before a number
         tile = sample.to_uint8(sample.generate(generator, [label], [column]))[0, 0]
         wanted = enlarged(tile).astype(int)
-        assert np.abs(grid[20:, column * 66:][:, :64, 0] - wanted).max() <= 1
-        assert (grid[:18, column * 66:][:, :64] < 128).any()
+        assert np.abs(grid[20:, column * 82:][:, :80, 0] - wanted).max() <= 1
+        assert (grid[:18, column * 82:][:, :80] < 128).any()
     run("--ckpt", named, "--num_images", 10, "--out", tmp_path / "all.png")
     numbers = [str(number) for number in range(1, 11)]  # here 0 could only be the class called 1
     assert sample.class_numbers(["1", "10"], numbers) == [0, 9]
