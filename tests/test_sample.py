@@ -238,13 +238,7 @@ def test_classes_have_names(folder, generator, tmp_path):
 
 def test_another_vae_than_that_of_training_is_refused(vae_folder, tmp_path):
     net = model.load_generator(TINY)
-    command = ["--ckpt", tmp_path / "g", "--vae", vae_folder, "--num_images", 1, "--out",
-               tmp_path / "x.png"]
-    for sha256 in (model.load_vae(vae_folder).sha256, "0" * 64):
-        net.origin = {"vae": sha256}
-        net.save_pretrained(tmp_path / "g")
-        if sha256 == "0" * 64:
-            with pytest.raises(UsageError, match="VAE"):
-                run(*command)
-        else:
-            run(*command)
+    net.origin = {"vae": "0" * 64}
+    net.save_pretrained(tmp_path / "g")
+    with pytest.raises(UsageError, match="VAE"):
+        run("--ckpt", tmp_path / "g", "--vae", vae_folder, "--out", tmp_path / "x.png")
