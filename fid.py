@@ -293,7 +293,7 @@ class Extractor:
         return last.relu().mean(1)
 
 
-load_extractor = Extractor
+load_extractor = Extractor  # beside load_generator and load_encoder
 
 
 @torch.no_grad()
@@ -301,8 +301,9 @@ load_extractor = Extractor
 def inception_features(net, images, resize="tf1"):
     """uint8 [N, 1 or 3, H, W] -> pool features float32 [N, 2048] on the network's device.
 
-    half: pixel centres at half-integers, as torch and MeanFlow. tf1: output i is read at
-    i * H / 299, as TensorFlow 1 and ADM. They differ by a shift; neither smooths when shrinking.
+    resize, bilinear to 299 x 299: half has pixel centres at half-integers, as torch and MeanFlow;
+    tf1 reads output i at i * H / 299, as TensorFlow 1 and ADM. They differ by a shift; neither
+    smooths when shrinking.
     """
     assert images.dtype == torch.uint8, f"no images of 0 to 255: {images.dtype}"
     x = images.to(net.fc.weight.device).float()
