@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from model import (SD_VAE, HelpFormat, UsageError, barrier, check_shared, get_rank, load_generator,
-                   load_vae, run_script, whole, world_size)
+                   load_vae, note, run_script, whole, world_size)
 
 
 def generate(generator, labels, indices, cfg_scale=1.0, temperature=1.0, seed=0, batch_size=64,
@@ -125,6 +125,8 @@ def add_sampling_options(parser, required):
 
 def load_networks(args):
     """The generator of --ckpt, and the decoder of --vae if it makes latents, else None."""
+    if min(args.cfg_scale) < 1 or max(args.cfg_scale) > 4:
+        note("training saw guidance of 1 to 4 alone")
     generator = load_generator(args.ckpt).to(args.device)
     vae = None
     if generator.out_channels not in (1, 3):
