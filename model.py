@@ -18,8 +18,8 @@ import shutil
 import sys
 import time
 from collections import OrderedDict
+from itertools import pairwise
 from pathlib import Path
-from unittest import mock
 
 import msgpack
 import torch
@@ -29,6 +29,7 @@ from einops import rearrange
 from huggingface_hub import PyTorchModelHubMixin, errors, hf_hub_download
 from safetensors.torch import load_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -91,9 +92,6 @@ class Generator(nn.Module, Pretrained):
                  num_classes=1000, noise_classes=64, noise_coords=32, n_cls_tokens=16,
                  attn_fp32=False, head_channels=0):
         super().__init__()
-        if input_size % patch_size or hidden_size % 4 or hidden_size % (2 * num_heads):
-            raise UsageError(f"patch_size {patch_size} must divide input_size {input_size}, 4 and "
-                             f"twice num_heads {num_heads} must divide hidden_size {hidden_size}")
         self.input_size, self.patch_size = input_size, patch_size
         self.in_channels, self.out_channels = in_channels, out_channels or in_channels
         self.num_classes = num_classes
@@ -117,7 +115,12 @@ class Generator(nn.Module, Pretrained):
         self.final_norm = RMSNorm(hidden_size)
         self.final_adaln = nn.Linear(cond_dim, 2 * hidden_size)
         self.final_linear = nn.Linear(hidden_size, patch_size**2 * self.out_channels)
-        self.head = pixel_head(self.out_channels, head_channels) if head_channels else None
+        self.head = None
+        if head_channels:  # three 3x3 convolutions, which see across the borders of patches
+            self.head = nn.Sequential(
+                nn.Conv2d(self.out_channels, head_channels, 3, padding=1), nn.SiLU(),
+                nn.Conv2d(head_channels, head_channels, 3, padding=1), nn.SiLU(),
+                nn.Conv2d(head_channels, self.out_channels, 3, padding=1))
         rope = rotary_table(n_cls_tokens + grid**2, hidden_size // num_heads)
         self.register_buffer("rope", rope, persistent=False)
         self._initialise()
@@ -184,14 +187,6 @@ class Generator(nn.Module, Pretrained):
         return x
 
 
-def pixel_head(channels, width):
-    """Three 3x3 convolutions that see across the borders of patches."""
-    return nn.Sequential(
-        nn.Conv2d(channels, width, 3, padding=1), nn.SiLU(),
-        nn.Conv2d(width, width, 3, padding=1), nn.SiLU(),
-        nn.Conv2d(width, channels, 3, padding=1))
-
-
 class Block(nn.Module):
     """Transformer block: adaLN-zero, attention (q and k normalised in each head), SwiGLU."""
 
@@ -220,8 +215,7 @@ class Block(nn.Module):
         return x + gate2.to(x.dtype) * self.mlp_out(F.silu(self.mlp_gate(h)) * self.mlp_in(h))
 
     def attention(self, x, rope):
-        q, k, v = rearrange(self.qkv(x), "n t (three heads d) -> three n heads t d",
-                            three=3, heads=self.num_heads)
+        q, k, v = split_heads(self.qkv(x), self.num_heads)
         q = rotate(self.q_norm(q), rope)
         k = rotate(self.k_norm(k), rope)
         if self.attn_fp32:
@@ -240,6 +234,10 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
             return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+def split_heads(x, heads):
+    return rearrange(x, "n t (qkv heads d) -> qkv n heads t d", qkv=3, heads=heads)
 
 
 def modulation(linear, cond, chunks):
@@ -438,25 +436,23 @@ def imagenet_input(x, size, mode):
 class ConvNeXtV2(nn.Module, Pretrained):
     """ConvNeXt-V2, an encoder of pixels beside the MAE (A.5; P: FID 9.35 -> 3.70).
 
-    Parameters and config keys have the names that transformers gives them in public checkpoints.
+    Config keys have the names that transformers gives them in public checkpoints.
     """
 
     def __init__(self, depths=(3, 3, 27, 3), hidden_sizes=(128, 256, 512, 1024), num_channels=3,
                  patch_size=4, image_size=224, layer_norm_eps=1e-12):
         super().__init__()
         self.in_channels, self.image_size = num_channels, image_size
-        self.embeddings = nn.ModuleDict({
-            "patch_embeddings": nn.Conv2d(num_channels, hidden_sizes[0], patch_size, patch_size),
-            "layernorm": ChannelNorm(hidden_sizes[0])})
-        stages = nn.ModuleList()
-        for i, (depth, width) in enumerate(zip(depths, hidden_sizes)):
-            layers = nn.ModuleList(ConvNeXtBlock(width) for _ in range(depth))
-            stages.append(nn.ModuleDict({"layers": layers}))
-            if i > 0:
-                before = hidden_sizes[i - 1]
-                stages[i]["downsampling_layer"] = nn.Sequential(
-                    ChannelNorm(before), nn.Conv2d(before, width, 2, 2))
-        self.encoder = nn.ModuleDict({"stages": stages})
+        width = hidden_sizes[0]
+        # In front of the first stage image -> patches, norm; of the others norm, half the size.
+        self.downsampling = nn.ModuleList([nn.Sequential(
+            nn.Conv2d(num_channels, width, patch_size, patch_size), ChannelNorm(width))])
+        for before, width in pairwise(hidden_sizes):
+            self.downsampling.append(nn.Sequential(
+                ChannelNorm(before), nn.Conv2d(before, width, 2, 2)))
+        self.stages = nn.ModuleList(
+            nn.Sequential(*[ConvNeXtBlock(width) for _ in range(depth)])
+            for depth, width in zip(depths, hidden_sizes))
         self.layernorm = nn.LayerNorm(hidden_sizes[-1], eps=layer_norm_eps)
 
     def features(self, x):
@@ -466,15 +462,10 @@ class ConvNeXtV2(nn.Module, Pretrained):
         and stds of all four, the last one's std once more as `global_std`; and `global_mean`, the
         final norm of the mean of the last map as it is.
         """
-        x = imagenet_input(x, self.image_size, "bilinear")
-        embed = self.embeddings["patch_embeddings"]
-        x = self.embeddings["layernorm"](embed(x.to(embed.weight.dtype)))           # n 128 56 56
+        x = imagenet_input(x, self.image_size, "bilinear").to(self.layernorm.weight.dtype)
         features = {}
-        for i, stage in enumerate(self.encoder["stages"]):
-            if i > 0:
-                x = stage["downsampling_layer"](x)
-            for block in stage["layers"]:
-                x = block(x)                                                        # n c h w
+        for i, stage in enumerate(self.stages):
+            x = stage(self.downsampling[i](x))                                      # n c h w
             y = rearrange(float32_at_least(x), "n c h w -> n (h w) c")
             mean, std = mean_and_std(y, 2)
             y = (y - mean) / (std + 1e-3)                                           # n T c
@@ -499,8 +490,8 @@ class ConvNeXtBlock(nn.Module):
         self.dwconv = nn.Conv2d(width, width, 7, padding=3, groups=width)
         self.layernorm = nn.LayerNorm(width, eps=1e-6)
         self.pwconv1 = nn.Linear(width, 4 * width)
-        zeros = torch.zeros(1, 1, 1, 4 * width)
-        self.grn = nn.ParameterDict({"weight": zeros, "bias": zeros.clone()})
+        self.grn_weight = nn.Parameter(torch.zeros(1, 1, 1, 4 * width))
+        self.grn_bias = nn.Parameter(torch.zeros(1, 1, 1, 4 * width))
         self.pwconv2 = nn.Linear(4 * width, width)
 
     def forward(self, x):
@@ -509,7 +500,7 @@ class ConvNeXtBlock(nn.Module):
         precise = torch.promote_types(y.dtype, torch.float32)
         norm = torch.linalg.vector_norm(y, dim=(1, 2), keepdim=True, dtype=precise)
         response = (norm / (norm.mean(3, keepdim=True) + 1e-6)).to(y.dtype)         # n 1 1 4c
-        y = self.pwconv2(self.grn["weight"] * (y * response) + self.grn["bias"] + y)
+        y = self.pwconv2(self.grn_weight * (y * response) + self.grn_bias + y)
         return x + y.permute(0, 3, 1, 2)
 
 
@@ -532,8 +523,8 @@ def mean_and_std(x, dim):
 class DINOv2(nn.Module, Pretrained):
     """DINOv2 (Oquab et al. 2023), a ViT without registers, as an encoder of pixels.
 
-    Parameters have the names of the authors' files. table_side: patches along a side of the
-    position table; image_size: side to which images are resized, a multiple of patch_size.
+    table_side: patches along a side of the position table; image_size: side to which images are
+    resized, a multiple of patch_size.
     """
 
     def __init__(self, width=768, depth=12, patch_size=14, table_side=37, image_size=224):
@@ -543,7 +534,7 @@ class DINOv2(nn.Module, Pretrained):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.mask_token = nn.Parameter(torch.zeros(1, width))  # used in its own training alone
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + table_side**2, width))
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch_size, patch_size)})
+        self.patch_embed = nn.Conv2d(3, width, patch_size, patch_size)
         self.blocks = nn.ModuleList(DINOv2Block(width) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
@@ -555,21 +546,20 @@ class DINOv2(nn.Module, Pretrained):
         `multi_scale_features`; and `dinov2_cls`, the class token.
         """
         x = imagenet_input(x, self.image_size, "bicubic")
-        x = self.patch_embed["proj"](x.to(self.cls_token.dtype))                    # n d 16 16
+        x = self.patch_embed(x.to(self.cls_token.dtype))                            # n d 16 16
         side = x.shape[2]
         x = rearrange(x, "n d h w -> n (h w) d")
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)                # n (1 + T) d
         x = x + self.positions(side)
         depth = len(self.blocks)
-        quarters = [math.ceil(k * depth / 4) for k in (1, 2, 3)]
-        names = {i: f"dinov2_blk{i}" for i in quarters}
-        names[depth] = "dinov2"
+        quarters = [math.ceil(k * depth / 4) for k in (1, 2, 3, 4)]
         maps = {}
         for i, block in enumerate(self.blocks, 1):
             x = block(x)
-            if i in names:
+            if i in quarters:
                 y = self.norm(x)
-                maps[names[i]] = rearrange(y[:, 1:], "n (h w) d -> n d h w", h=side)
+                name = "dinov2" if i == depth else f"dinov2_blk{i}"
+                maps[name] = rearrange(y[:, 1:], "n (h w) d -> n d h w", h=side)
         return {"dinov2_cls": y[:, :1], **multi_scale_features(maps)}
 
     def positions(self, side):
@@ -593,23 +583,19 @@ class DINOv2Block(nn.Module):
         # The files do not say it: 64 channels a head in all published sizes, 16 in tiny ones.
         self.num_heads = width // 64 if width % 64 == 0 else width // 16
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = nn.ModuleDict(
-            {"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
-        self.ls1 = nn.ParameterDict({"gamma": torch.ones(width)})
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.scale1 = nn.Parameter(torch.ones(width))
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = nn.ModuleDict(
-            {"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
-        self.ls2 = nn.ParameterDict({"gamma": torch.ones(width)})
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+        self.scale2 = nn.Parameter(torch.ones(width))
 
     def forward(self, x):
-        q, k, v = rearrange(self.attn["qkv"](self.norm1(x)),
-                            "n t (three heads d) -> three n heads t d",
-                            three=3, heads=self.num_heads)
+        q, k, v = split_heads(self.qkv(self.norm1(x)), self.num_heads)
         y = F.scaled_dot_product_attention(q, k, v)                                 # n heads t d
-        y = self.attn["proj"](rearrange(y, "n heads t d -> n t (heads d)"))
-        x = x + self.ls1["gamma"] * y
-        y = self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
-        return x + self.ls2["gamma"] * y
+        x = x + self.scale1 * self.proj(rearrange(y, "n heads t d -> n t (heads d)"))
+        return x + self.scale2 * self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
 LATENT_SCALE = 0.18215  # latents are this times the VAE's, so that their variance is about 1
@@ -630,8 +616,6 @@ def load_vae(path=SD_VAE, device="cpu", sha256=None):
         raise UsageError(f"--vae {path} is not the VAE that made the latents: its sha256 is "
                          f"{found}, that of theirs {sha256}")
     from diffusers import AutoencoderKL  # takes three seconds, which other commands need not wait
-    from diffusers.utils import logging
-    logging.set_verbosity_error()
     net, misfits = AutoencoderKL.from_pretrained(
         weights.parent, use_safetensors=weights.suffix == ".safetensors", low_cpu_mem_usage=False,
         output_loading_info=True)
@@ -706,6 +690,10 @@ MODEL_FILES = (("metadata.json", "ema_params.msgpack"), ("config.json", "model.s
                ("config.json", "pytorch_model.bin"))
 
 
+# A tensor that tells the kind of a network without `model_type`.
+KINDS = {"class_embed.weight": "generator", "encoder.conv1.weight": "mae", "cls_token": "dinov2"}
+
+
 def load_generator(path):
     """Generator in eval mode and float32.
 
@@ -725,56 +713,44 @@ def load_model(path, classes):
     description, weights = find_files(path, MODEL_FILES)
     state = read_weights(weights)
     config = {}
-    if description.suffix == ".json":
+    if description != weights:
         config = json.loads(description.read_text())
     origin = config.pop("origin", {})
-    kind = config.pop("model_type", None) or kind_of_tensors(state)
+    kind = config.pop("model_type", None)
+    if kind is None:  # as in the authors' artifacts and in single files
+        kind = next(kind for tensor, kind in KINDS.items() if tensor in state)
+    if kind not in classes:
+        raise UsageError(f"{path} holds a network of kind {kind}, not {' or '.join(classes)}")
     if weights.suffix == ".msgpack":
-        config = release_config(config, kind)
+        config = release_config(config, classes[kind])
     elif weights.name.startswith("state_"):
         config = wflow_config(state)
     elif kind == "convnextv2":
         config, state = from_convnext(config, state)
     elif kind == "dinov2" and "width" not in config:  # then it is not one of ours
         config, state = from_dinov2(state)
-    if kind not in classes:
-        raise UsageError(f"{path} holds a network of kind {kind}, not {' or '.join(classes)}")
-    with parameters_on_meta():
+    with Unfilled():
         net = classes[kind](**config)
     net.load_state_dict(state, assign=True)
     net.origin = origin
     return net.float().eval()  # in float32 whatever the type in the file
 
 
-@contextlib.contextmanager
-def parameters_on_meta():
-    """Networks built inside have parameters without memory, which a file's tensors then replace.
+class Unfilled(TorchFunctionMode):
+    """Networks built inside do not fill their parameters, which a file's tensors will replace.
 
-    Buffers are real, so that those which a constructor computes and no file holds have values.
+    This saves the time, and the memory too: what nobody has written to takes none. Buffers have
+    their values, as those which a constructor computes may be in no file.
     """
-    register = nn.Module.register_parameter
-    draw = torch.Tensor.normal_
 
-    def register_on_meta(module, name, parameter):
-        if parameter is not None:
-            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
-        register(module, name, parameter)
+    FILLS = ("uniform_", "normal_", "kaiming_uniform_", "constant_", "zero_", "fill_")
 
-    def draw_unless_meta(tensor, *args, **options):  # torch would import its compiler: a second
-        return tensor if tensor.is_meta else draw(tensor, *args, **options)
-
-    with (mock.patch.object(nn.Module, "register_parameter", register_on_meta),
-          mock.patch.object(torch.Tensor, "normal_", draw_unless_meta)):
-        yield
-
-
-def kind_of_tensors(state):
-    """For the authors' artifacts and single files, which have no model_type."""
-    if "class_embed.weight" in state:
-        return "generator"
-    if "cls_token" in state:
-        return "dinov2"
-    return "mae"
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensor = args[0] if args else kwargs.get("tensor")  # torch.nn.init gives it by its name
+        if isinstance(tensor, nn.Parameter) and function.__name__ in self.FILLS:
+            return tensor
+        return function(*args, **kwargs)
 
 
 def digest(net):
@@ -804,10 +780,12 @@ def find_files(path, forms):
     if (folder / "params_ema").is_dir():  # a run of the authors' code
         folder = folder / "params_ema"
     for names in forms:
-        if all((folder / name).is_file() for name in names):
-            return [folder / name for name in names]
-    raise UsageError(f"{path}: no weights there: neither {' nor '.join(map(str, forms))}. On the "
-                     "Hub it would be hf://NAME or hf://USER/REPO")
+        files = [folder / name for name in names]
+        if all(file.is_file() for file in files):
+            return files
+    known = " nor ".join(map(" with ".join, forms))
+    raise UsageError(f"{path}: no weights there: neither {known}. On the Hub it would be "
+                     "hf://NAME or hf://USER/REPO")
 
 
 def download(path, forms):
@@ -851,35 +829,44 @@ def our_name(name, table):
     return name.replace("/", ".")
 
 
+def arguments(cls, config):
+    """What a class's constructor takes of another's config."""
+    return {key: config[key] for key in inspect.signature(cls).parameters if key in config}
+
+
 # transformers' ConvNeXt-V2. Files from before May 2023 have gamma and beta.
-CONVNEXT_NAMES = {r"^convnextv2\.": "", "grn.gamma": "grn.weight", "grn.beta": "grn.bias"}
+CONVNEXT_NAMES = {
+    r"^convnextv2\.": "", r"^encoder\.": "", r"grn\.(gamma|weight)": "grn_weight",
+    r"grn\.(beta|bias)": "grn_bias", r"^embeddings\.patch_embeddings": "downsampling.0.0",
+    r"^embeddings\.layernorm": "downsampling.0.1", r"^stages\.(\d)\.layers": r"stages.\1",
+    r"^stages\.(\d)\.downsampling_layer": r"downsampling.\1"}
 
 
 def from_convnext(config, state):
     """config.json and weights of transformers' ConvNeXt-V2, with or without classifier, as ours."""
-    ours = inspect.signature(ConvNeXtV2).parameters
-    config = {key: value for key, value in config.items() if key in ours}
     state = {our_name(name, CONVNEXT_NAMES): tensor for name, tensor in state.items()
              if not name.startswith("classifier.")}
-    return config, state
+    return arguments(ConvNeXtV2, config), state
 
 
-# transformers' DINOv2: to the names of the authors' files.
+# DINOv2's, of the authors' files and of transformers.
 DINOV2_NAMES = {
+    r"\.attn\.": ".", r"\.mlp\.": ".", r"ls(\d)\.gamma": r"scale\1",
+    r"^patch_embed\.proj": "patch_embed",
     r"^embeddings\.": "", "^position_embeddings": "pos_embed", r"^encoder\.layer\.": "blocks.",
-    r"^patch_embeddings\.projection": "patch_embed.proj", "^layernorm": "norm",
-    r"attention\.attention\.": "attn.", r"attention\.output\.dense": "attn.proj",
-    r"layer_scale(\d)\.lambda1": r"ls\1.gamma"}
+    r"^patch_embeddings\.projection": "patch_embed", "^layernorm": "norm",
+    r"attention\.attention\.": "", r"attention\.output\.dense": "proj",
+    r"layer_scale(\d)\.lambda1": r"scale\1"}
 
 
 def from_dinov2(state):
-    """Arguments and weights of a DINOv2 of the authors' or of transformers, by its tensors."""
+    """Our arguments and weights of a DINOv2, by its tensors alone."""
     state = {our_name(name, DINOV2_NAMES): tensor for name, tensor in state.items()}
     for name in [name for name in state if ".query." in name]:
         parts = [state.pop(name.replace("query", part)) for part in ("query", "key", "value")]
         state[name.replace("query", "qkv")] = torch.cat(parts)
-    width, _, _, patch_size = state["patch_embed.proj.weight"].shape
-    depth = sum(name.endswith(".attn.qkv.weight") for name in state)
+    width, _, _, patch_size = state["patch_embed.weight"].shape
+    depth = sum(name.endswith(".qkv.weight") for name in state)
     table_side = math.isqrt(state["pos_embed"].shape[1] - 1)
     return dict(width=width, depth=depth, patch_size=patch_size, table_side=table_side), state
 
@@ -910,15 +897,10 @@ def wflow_config(state):
 # The authors' release: metadata.json and a tree of arrays in msgpack, as flax writes it.
 # These are what their code fills in where model_config has no such key.
 RELEASE_DEFAULTS = {
-    "generator": dict(
-        input_size=32, in_channels=3, out_channels=3, patch_size=2, hidden_size=1152, depth=28,
-        num_heads=16, num_classes=1001, noise_classes=0, noise_coords=1, n_cls_tokens=0,
-        attn_fp32=True),
-    "mae": dict(in_channels=3, base_channels=64, layers=(2, 2, 2, 2), patch_size=4)}
-# Precision and memory are the caller's choice here, dropout acts in training alone, and a generator
-# without one of the first three has other tensors, which strict loading finds.
-NOT_OURS = ("use_qknorm", "use_swiglu", "use_rmsnorm", "use_rope", "use_bf16", "use_remat",
-            "dropout_prob")
+    Generator: dict(
+        in_channels=3, out_channels=3, hidden_size=1152, depth=28, num_heads=16, num_classes=1001,
+        noise_classes=0, noise_coords=1, n_cls_tokens=0, attn_fp32=True),
+    MAE: dict(in_channels=3, base_channels=64, layers=(2, 2, 2, 2), patch_size=4)}
 
 FLAX_NAMES = {
     "/Dense_0": "", "^Embed_0": "class_embed", r"^noise_embeds_(\d+)/\w+": r"style_embed.\1",
@@ -933,13 +915,16 @@ FLAX_NAMES = {
     "(stages|layers)_": r"\1.", "(kernel|scale|embedding)$": "weight"}
 
 
-def release_config(metadata, kind):
-    """The constructor's arguments. Of metadata.json only `model_config` has to be there."""
+def release_config(metadata, cls):
+    """The constructor's arguments. Of metadata.json only `model_config` has to be there.
+
+    Precision and memory are the caller's choice here, dropout acts in training alone, and a
+    generator without use_qknorm, use_swiglu or use_rmsnorm has other tensors, which strict loading
+    finds. Rotary positions have none: without use_rope a generator would load and be wrong.
+    """
     config = metadata["model_config"]
-    # Rotary positions have no tensors: without this, such a generator would load and be wrong.
-    assert kind != "generator" or config.get("use_rope"), "a generator without use_rope"
-    config = {**RELEASE_DEFAULTS[kind], **config}
-    return {key: value for key, value in config.items() if key not in NOT_OURS}
+    assert cls is MAE or config.get("use_rope"), "a generator without use_rope"
+    return arguments(cls, {**RELEASE_DEFAULTS[cls], **config})
 
 
 def read_flax(file):
@@ -980,11 +965,9 @@ def from_flax(tree):
 
 def stack_styles(state):
     """A generator's tables style_embed.0, .1, ... become one, as ours."""
-    tables = []
-    while f"style_embed.{len(tables)}" in state:
-        tables.append(state.pop(f"style_embed.{len(tables)}"))
-    if tables:
-        state["style_embed"] = torch.stack(tables)
+    count = sum(name.startswith("style_embed.") for name in state)
+    if count:
+        state["style_embed"] = torch.stack([state.pop(f"style_embed.{i}") for i in range(count)])
     return state
 
 

@@ -1,11 +1,11 @@
 """What several tests share: fixtures, arrays in torch's layout, the formats of others."""
-import functools
 import json
 import os
 import re
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import msgpack
@@ -46,16 +46,12 @@ def same_weights(a, b):
 # --------------------------------------------------------------------------------------------
 # The authors' format
 
-def flax_array(array, name=None):
-    raw = msgpack.packb((array.shape, name or array.dtype.name, array.tobytes()))
-    return msgpack.ExtType(1, raw)
+def flax_array(array):
+    return msgpack.ExtType(1, msgpack.packb((array.shape, array.dtype.name, array.tobytes())))
 
 
 def write_flax(path, arrays):
-    """{path/of/keys: numpy array, a function that makes it, or a msgpack value} -> flax's msgpack.
-
-    One array at a time is in memory: 10 GB can be written.
-    """
+    """{path/of/keys: function that makes a numpy array} -> flax's msgpack, an array at a time."""
     tree, packer = {}, msgpack.Packer()
     for name, array in arrays.items():
         *parents, leaf = name.split("/")
@@ -65,21 +61,18 @@ def write_flax(path, arrays):
         node[leaf] = array
 
     def write(node):
-        if isinstance(node, dict):
-            file.write(packer.pack_map_header(len(node)))
-            for key, value in node.items():
-                file.write(packer.pack(key))
-                write(value)
-        else:
-            node = node() if callable(node) else node
-            file.write(packer.pack(flax_array(node) if isinstance(node, np.ndarray) else node))
+        if callable(node):
+            return file.write(packer.pack(flax_array(node())))
+        file.write(packer.pack_map_header(len(node)))
+        for key, value in node.items():
+            file.write(packer.pack(key))
+            write(value)
 
     with open(path, "wb") as file:
         write(tree)
 
 
-KINDS = {"gen": ("gen_ablation", "generator", model.Generator),
-         "mae": ("mae_latent_256", "mae", model.MAE)}
+KINDS = {"gen": ("gen_ablation", model.Generator), "mae": ("mae_latent_256", model.MAE)}
 
 
 def published(kind, **sizes):
@@ -88,12 +81,12 @@ def published(kind, **sizes):
     Returns metadata.json as it is on the Hub but for `sizes`, the tree {path: shape}, and the
     network that the metadata describe, without memory.
     """
-    name, model_type, cls = KINDS[kind]
+    name, cls = KINDS[kind]
     artifact = json.loads((FIXTURES / f"published/{name}.json").read_text())
     metadata = artifact["metadata"]
     metadata["model_config"].update(sizes)
-    with model.parameters_on_meta():
-        net = cls(**model.release_config(metadata, model_type))
+    with torch.device("meta"):
+        net = cls(**model.release_config(metadata, cls))
     return metadata, {path: shape for path, (shape, _) in artifact["tree"].items()}, net
 
 
@@ -120,11 +113,11 @@ def random_artifact(folder, kind, **sizes):
         if name == "style_embed":
             for i in range(len(tensor)):
                 path = f"noise_embeds_{i}/embedding"
-                arrays[path] = functools.partial(numbers, path, tensor.shape[1:])
+                arrays[path] = partial(numbers, path, tensor.shape[1:])
         else:
             path = paths[re.sub(r"blocks\.\d+", "blocks.0", name)]
             path = path.replace("blocks_0/", f"blocks_{block and block[1]}/")
-            arrays[path] = functools.partial(numbers, path, tensor.shape)
+            arrays[path] = partial(numbers, path, tensor.shape)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metadata.json").write_text(json.dumps(metadata))
     write_flax(folder / "ema_params.msgpack", arrays)
@@ -155,7 +148,7 @@ def mae_artifact(tmp_path_factory):
             array = rng.randn(*shape) / np.sqrt(np.prod(shape[:-1])) * 1.4
         else:
             array = float(name.endswith("scale")) + 0.3 * rng.randn(*shape)
-        arrays[name] = array.astype(np.float32)
+        arrays[name] = partial(array.astype, np.float32)
     write_flax(folder / "ema_params.msgpack", arrays)
     (folder / "metadata.json").write_bytes((source / "metadata.json").read_bytes())
     return folder
@@ -176,11 +169,8 @@ def small_vae(folder):
 
 
 def old_vae(folder, safetensors):
-    """The small VAE in the form of stabilityai/sd-vae-ft-mse, of October 2022.
-
-    Known from its pages: .bin and .safetensors, a config without a scaling_factor. Assumed: that
-    attention's layers have diffusers' names of that time.
-    """
+    """The small VAE as stabilityai/sd-vae-ft-mse, of October 2022: .bin and .safetensors, a config
+    without a scaling_factor. Assumed: that attention has diffusers' names of that time."""
     source = small_vae(folder / "now")
     config = json.loads((source / "config.json").read_text())
     del config["scaling_factor"]
@@ -199,15 +189,11 @@ def old_vae(folder, safetensors):
 
 
 def convnext_of_transformers(folder, safetensors):
-    """The fixture's network in the form of facebook/convnextv2-base-22k-224, a classifier.
-
-    Known from its pages: until 2025 it had pytorch_model.bin alone, whose response normalisation
-    has gamma and beta; a pull request renames them and brings model.safetensors.
-    """
+    """The fixture's network as facebook/convnextv2-base-22k-224, a classifier. Until 2025 it had
+    pytorch_model.bin alone, with gamma and beta; a pull request renames them."""
     source = FIXTURES / "convnextv2_tiny"
     config = json.loads((source / "config.json").read_text())
-    others = {"architectures": ["ConvNextV2ForImageClassification"], "drop_path_rate": 0.0,
-              "id2label": {"0": "tench", "1": "goldfish"}, "torch_dtype": "float32"}
+    others = {"drop_path_rate": 0.0, "id2label": {"0": "tench", "1": "goldfish"}}
     (folder / "config.json").write_text(json.dumps({**config, **others}))
     state = load_file(source / "model.safetensors")  # "convnextv2." before every name
     state |= {"classifier.weight": torch.zeros(2, 64), "classifier.bias": torch.zeros(2)}
@@ -217,7 +203,6 @@ def convnext_of_transformers(folder, safetensors):
     else:
         state = {name.replace("grn.weight", "grn.gamma").replace("grn.bias", "grn.beta"): tensor
                  for name, tensor in state.items()}
-        assert any("grn.gamma" in name for name in state)
         torch.save(state, folder / "pytorch_model.bin")
     return folder
 
@@ -230,15 +215,11 @@ def ranks(n, *command, **options):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=str(n),
+    place = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=str(n),
                  LOCAL_WORLD_SIZE=str(n))
-    processes = []
-    for i in range(n):
-        environment = {**os.environ, **place, "RANK": str(i), "LOCAL_RANK": str(i)}
-        processes.append(subprocess.Popen(
-            [sys.executable, *map(str, command)], env=environment, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, **options))
-    return processes
+    return [subprocess.Popen(
+        [sys.executable, *map(str, command)], env={**place, "RANK": str(i), "LOCAL_RANK": str(i)},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options) for i in range(n)]
 
 
 @pytest.hookimpl(optionalhook=True)
