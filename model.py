@@ -689,8 +689,8 @@ PUBLISHED |= {f"wflow_{name}": f"jiaqihan99/W-Flow/checkpoints/latent_{file}.pt"
 MODEL_FILES = (("metadata.json", "ema_params.msgpack"), ("config.json", "model.safetensors"),
                ("config.json", "pytorch_model.bin"))
 
-
-# A tensor that tells the kind of a network without `model_type`.
+# The kind of a network without `model_type`, as the authors' artifacts and single files, by a
+# tensor that only this kind has.
 KINDS = {"class_embed.weight": "generator", "encoder.conv1.weight": "mae", "cls_token": "dinov2"}
 
 
@@ -717,7 +717,7 @@ def load_model(path, classes):
         config = json.loads(description.read_text())
     origin = config.pop("origin", {})
     kind = config.pop("model_type", None)
-    if kind is None:  # as in the authors' artifacts and in single files
+    if kind is None:
         kind = next(kind for tensor, kind in KINDS.items() if tensor in state)
     if kind not in classes:
         raise UsageError(f"{path} holds a network of kind {kind}, not {' or '.join(classes)}")
@@ -1137,7 +1137,10 @@ def remove(path):
 
 def sync(path):
     """Wait until it is on the disk: else a power cut could leave a renamed file without content."""
-    with contextlib.suppress(OSError):  # CIFS, FUSE and Windows cannot sync folders
+    try:
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
+    except OSError:  # CIFS, FUSE and Windows cannot sync folders; a file's error is a full disk
+        if not Path(path).is_dir():
+            raise

@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from stat import S_ISDIR
 from types import SimpleNamespace
 
 import numpy as np
@@ -198,7 +199,9 @@ def test_a_file_system_without_locks_syncs_and_deletion(home, monkeypatch, capsy
     def fails(*args, **options):
         raise OSError(38, "Function not implemented")
     monkeypatch.setattr(fcntl, "flock", fails)
-    monkeypatch.setattr(os, "fsync", fails)
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: fails() if S_ISDIR(os.fstat(handle).st_mode)
+                        else sync(handle))
     monkeypatch.setattr(os, "rmdir", fails)  # step_1 cannot be deleted
     start(GENERATOR, out="runs/odd", steps=3, save_every=1)
     assert capsys.readouterr().err.count("cannot be locked") == 1
