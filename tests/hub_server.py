@@ -1,8 +1,7 @@
 """A small Hugging Face Hub on 127.0.0.1: how huggingface_hub downloads files of a repository.
 
-HF_ENDPOINT=server.url and HF_HOME are read when huggingface_hub is imported, so give the client a
-process of its own, or patch its constants. What is not served here is answered 501, so that a test
-fails loudly.
+HF_ENDPOINT=server.url is read when huggingface_hub is imported, so give the client a process of
+its own, or patch its constants. What is not served here is answered 501.
 """
 import hashlib
 import re
@@ -24,22 +23,20 @@ def etag(path, data):
 
 
 class HubServer:
-    """Serves `repos`, {repo id: {path: bytes} or a folder}, from start() to stop() or in a `with`.
+    """Serves `repos`, {repo id: {path: bytes} or a folder}, in a `with`.
 
     requests: all so far, as Request(method, path without query, range header).
-    cut_after = N: the next GET of a file, or the next `cut_times`, ends after N bytes and the
-        connection with it.
+    cut_after = N: the next `cut_times` GETs of a file end after N bytes, their connections too.
     """
 
     def __init__(self, repos=None):
         self.refs, self.commits, self.requests = {}, {}, []
-        self.cut_after, self.cut_times, self.lock = None, 1, threading.Lock()
+        self.cut_after, self.cut_times = None, 0
         for repo, files in (repos or {}).items():
             self.add(repo, files)
 
     def add(self, repo, files, revision="main"):
-        """Make `files` the whole of a revision, new or not. Returns the commit's sha, which follows
-        from their content."""
+        """Make `files` the whole of a revision. Returns the commit's sha."""
         if not isinstance(files, dict):
             files = {path.relative_to(files).as_posix(): path.read_bytes()
                      for path in Path(files).rglob("*") if path.is_file()}
@@ -56,17 +53,15 @@ class HubServer:
                    for request in self.requests if request.method == "GET"]
         return [unquote(match["path"]) for match in matches if match]
 
-    def start(self):
+    def __enter__(self):
         self.httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.httpd.hub, self.url = self, f"http://127.0.0.1:{self.httpd.server_port}"
         threading.Thread(target=self.httpd.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
-    def stop(self, *_):
+    def __exit__(self, *_):
         self.httpd.shutdown()
         self.httpd.server_close()
-
-    __enter__, __exit__ = start, stop
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -97,11 +92,9 @@ class Handler(BaseHTTPRequestHandler):
         if asked and self.command == "GET":
             start = int(asked[1])
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        with hub.lock:
-            if self.command == "GET" and hub.cut_after is not None:
-                stop, hub.cut_times = hub.cut_after, hub.cut_times - 1
-                if hub.cut_times < 1:
-                    hub.cut_after, hub.cut_times = None, 1
+        if self.command == "GET" and hub.cut_times:
+            stop = hub.cut_after
+            hub.cut_times -= 1
         self.answer(206 if "Content-Range" in headers else 200, headers, data[start:], stop)
 
     def refuse(self, status, message, code="", sha=""):
