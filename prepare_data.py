@@ -168,7 +168,7 @@ def open_source(data):
     if path.name.endswith(".tar.gz"):
         return cifar(path)
     if not zipfile.is_zipfile(path):
-        raise UsageError(f"{path}: neither a folder nor a whole .zip")
+        raise UsageError(f"{path}: no data there, neither a folder nor a whole .zip")
     return class_zip(path)
 
 
@@ -242,6 +242,9 @@ def by_class(path, files, read):
                     if name.lower().endswith(EXTENSIONS) and not HIDDEN.search(name))
     if not images:
         raise UsageError(f"{path}: no images there")
+    if len(images) < len(files):
+        others = sorted(files.keys() - set(images))
+        note(f"{path}: {len(others)} files are hidden or no images, as {others[0]}")
     folders = {name.split("/")[0] for name in images if "/" in name}
     if not SPLITS.keys() >= {folder.lower() for folder in folders}:
         # `train` beside other classes is a class of trains, unless it holds folders itself.

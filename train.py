@@ -646,7 +646,7 @@ def main(argv=None):
 
     newest = gather(model.latest_checkpoint(args.out))[0]  # rank 0's: others may see it late
     if newest and int(newest.name[5:]) >= args.steps:
-        note(f"{newest} is there already, --steps is {args.steps}")
+        note(f"{newest} is there already, --steps is {args.steps}: nothing to train")
     else:
         defaults = vars(build_parser().parse_args([]))
         changed = [f"--{name} {x}" for name, x in vars(args).items() if x != defaults[name]]
@@ -734,6 +734,9 @@ class Run:
         """Go on from a checkpoint."""
         device = self.args.device
         state = torch.load(folder / "train_state.pt", device, weights_only=True)
+        for name, before in state["options"].items():
+            if before != vars(self.args).get(name) and name not in ("data", "device", "out"):
+                note(f"resumed with --{name} {vars(self.args).get(name)}, before {before}")
         if (state["data"], state["encoders"]) != (self.data_hash, self.encoder_hashes):
             raise UsageError(f"{folder} was trained on other data or with another encoder: choose "
                              "another --out")

@@ -277,7 +277,7 @@ def test_the_place_to_write_must_be_named():
 def test_what_is_no_source_is_said(tmp_path, folder):
     (tmp_path / "cut.zip").write_bytes(b"PK\x03\x04 not whole")
     for name in ("cut.zip", "nowhere"):
-        with pytest.raises(model.UsageError, match=f"{name}: neither a folder nor a whole .zip"):
+        with pytest.raises(model.UsageError, match=f"{name}: no data there"):
             prepare_data.prepare(tmp_path / name, tmp_path / "o")
     picture((9, 9)).save(folder / "zebra" / "9.png")
     with pytest.raises(model.UsageError, match="several sizes: give one --size"):
