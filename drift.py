@@ -12,7 +12,7 @@ V is anti-symmetric in the two distributions, so when they match, V = 0 and noth
     w         weight_neg            [B, U]      (alpha - 1)(G - 1) / U; other targets count as one
     tau       temperatures          3 floats    kernel widths, in units of the mean distance
     k(x, y)   affinity(dist, tau)   [B, G, N]   kernel: of each sample and its N = G + U + P targets
-    A         A                     [B, G, N]   what each target y does to each sample x:
+    A         A                     [B, G, N]   signed weight of target y for sample x:
     V         force(A, y)           [B, G, C]   V_i = sum_j A_ij (y_j - x_i), the field
     alpha     cfg_scale             [labels]    guidance scale; the generator is conditioned on it
 
@@ -78,7 +78,7 @@ def drift_loss(gen, pos, neg=None, weight_neg=None, temperatures=TEMPERATURES, k
         chunks, scale, unit = distances([gen, neg, pos], w, reduce)
 
         # 2. The field at each temperature, V_i = sum_jk A_ij A_ik (y_j - y_k) with j of pos and k
-        #    of neg: each target gets the other side's sum.
+        #    of neg: a positive's weight is A_ij times the sum over negatives, and the reverse.
         fields = []
         for w_b in w.split([len(y) for y, _ in chunks]):
             y, dist = chunks.pop(0)  # the field takes their memory
@@ -140,7 +140,7 @@ def sinkhorn_loss(gen, gen2, pos, uncond=None, cfg_scale=None, temperature=0.05,
         scale = mean_distance(total, count, reduce).sqrt().to(y.dtype)
         unit = (scale / math.sqrt(C)).clamp_min(1e-3)
 
-        # 2. Plans to each kind of targets; its own kind does not move a sample.
+        # 2. Transport plans to each kind of targets; `gen` itself has no weight.
         fields = []
         for alpha in cfg_scale[:, None, None].split([len(y) for y in chunks]):
             y = chunks.pop(0)
@@ -174,8 +174,8 @@ def affinity(dist, tau, kernel="both"):
     in KERNELS: any A >= 0 that falls with distance, normalised or not.
     """
     logits = dist / -tau
-    # The floor keeps far samples' forces alive: without it the gradient changes by 43%. Distances
-    # are about 1: of a kernel that is below the floor there, only the floor's force is left.
+    # The floor keeps far samples' forces alive: without it the gradient changes by 43%. A kernel
+    # that is below the floor at distance 1, the mean, is therefore replaced by the floor.
     floor = 1e-3
     assert kernel in KERNELS, kernel
     if kernel == "both":  # normalised over targets and over samples
@@ -437,12 +437,13 @@ class SampleQueue:
         self.of_any.extend(ids.tolist())
 
     def draw(self, label, n, rng):
-        """n ids of one class, without replacement; rng: numpy Generator."""
-        return rng.choice(np.array(self.of_class[label]), n, replace=False)
+        """n ids of one class, without replacement unless it has fewer; rng: numpy Generator."""
+        queue = np.array(self.of_class[label])
+        return rng.choice(queue, n, replace=n > len(queue))
 
     def draw_any(self, n, rng):
-        """n ids of any class, without replacement."""
-        return rng.choice(np.array(self.of_any), n, replace=False)
+        """n ids of any class, without replacement unless there are fewer."""
+        return rng.choice(np.array(self.of_any), n, replace=n > len(self.of_any))
 
 
 # --------------------------------------------------------------------------------------------

@@ -293,9 +293,6 @@ class Extractor:
         return last.relu().mean(1)
 
 
-load_extractor = Extractor  # beside load_generator and load_encoder
-
-
 @torch.no_grad()
 @exact_convolutions
 def inception_features(net, images, resize="tf1"):
@@ -585,7 +582,7 @@ def main(argv=None):
     args = parse(argv)
     args.out = args.out or {"ref": "reference.npz"}.get(args.command, "neighbours.png")
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    extractor = load_extractor(args.features, args.resize, args.inception, args.device)
+    extractor = Extractor(args.features, args.resize, args.inception, args.device)
     {"ref": command_ref, "eval": command_eval, "neighbours": command_neighbours}[args.command](
         args, extractor)
 

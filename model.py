@@ -83,6 +83,7 @@ class Generator(nn.Module, Pretrained):
 
     Sizes: `Generator(**GENERATOR_SIZES["B"], ...)`. The defaults are those of latents 32x32x4.
     Styles are extra, discrete noise: `noise_coords` times one of `noise_classes` embeddings.
+    forward() must not draw random numbers, as dropout does: micro-batches compute samples twice.
     head_channels: width of a convolutional head behind the last layer, which paints each patch
     alone and can leave their borders visible in small images; 0: none, as in the paper.
     """
@@ -639,7 +640,6 @@ class VAE(nn.Module):
     def __init__(self, net):
         super().__init__()
         self.net = net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        self.downsampling = 2 ** (len(net.config.block_out_channels) - 1)
 
     def decode(self, latents):
         """Latents -> images in float32, about in [-1, 1]. Gradients pass through."""

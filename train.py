@@ -604,6 +604,8 @@ def open_encoder(name, args):
     encoder = model.load_encoder(name)
     if args.encoder_size:
         encoder.image_size = args.encoder_size
+    # By this a resumed run knows it again, whatever the type in which it computes.
+    encoder.identity = f"{encoder._hub_mixin_config} {args.encoder_size} {model.digest(encoder)}"
     if isinstance(encoder, model.MAE):
         del encoder.decoder, encoder.fc  # a fifth of its memory, and without use here
     if args.compile:
@@ -634,7 +636,7 @@ def main(argv=None):
         torch.cuda.set_device(args.device)
 
     for i, name in enumerate(args.encoder):
-        if name in PRESETS:
+        if PRESETS.get(name, {}).get("stage") == "encoder":
             words = ["--preset", name, "--device", args.device, "--seed", str(args.seed),
                      "--bf16" if args.bf16 else "--no-bf16", "--vae", args.vae]
             if args.compile:
@@ -646,6 +648,7 @@ def main(argv=None):
 
     newest = gather(model.latest_checkpoint(args.out))[0]  # rank 0's: others may see it late
     if newest and int(newest.name[5:]) >= args.steps:
+        read_state(newest, args, data)
         note(f"{newest} is there already, --steps is {args.steps}: nothing to train")
     else:
         defaults = vars(build_parser().parse_args([]))
@@ -702,9 +705,8 @@ class Run:
             self.net.compile()
         self.params = list(self.net.parameters())
         self.optimizers = make_optimizers(self.net, args)
-        # By these a resumed run knows its data and encoders again.
-        self.data_hash = data.fingerprint()
-        self.encoder_hashes = [model.digest(encoder) for encoder in self.stage.encoders]
+        # By these a resumed run knows its encoders again.
+        self.encoder_hashes = [encoder.identity for encoder in self.stage.encoders]
         self.start = 0
         if newest:
             self.load(newest)
@@ -725,26 +727,34 @@ class Run:
             torch.save({"step": step, "net": self.net.state_dict(),
                         "options": vars(self.args),
                         "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-                        "data": self.data_hash, "encoders": self.encoder_hashes},
+                        "data": self.stage.data.fingerprint(), "encoders": self.encoder_hashes},
                        folder / "train_state.pt")
-        for old in sorted(out.glob("step_" + "[0-9]" * 8))[:-2]:  # a copy of one stays for good
+        for old in sorted(out.glob("step_" + "[0-9]" * 8))[:-2]:  # copies by other names stay
             model.remove(old)
 
     def load(self, folder):
         """Go on from a checkpoint."""
-        device = self.args.device
-        state = torch.load(folder / "train_state.pt", device, weights_only=True)
-        for name, before in state["options"].items():
-            if before != vars(self.args).get(name) and name not in ("data", "device", "out"):
-                note(f"resumed with --{name} {vars(self.args).get(name)}, before {before}")
-        if (state["data"], state["encoders"]) != (self.data_hash, self.encoder_hashes):
-            raise UsageError(f"{folder} was trained on other data or with another encoder: choose "
-                             "another --out")
+        state = read_state(folder, self.args, self.stage.data)
+        if state["encoders"] != self.encoder_hashes:
+            raise UsageError(f"{folder} was trained with another encoder: choose another --out")
         self.net.load_state_dict(state["net"])
-        self.ema.load_state_dict(load_file(folder / "model.safetensors", device))
+        self.ema.load_state_dict(load_file(folder / "model.safetensors", self.args.device))
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.start = state["step"]
+
+
+def read_state(folder, args, data):
+    """What a checkpoint holds for resuming. Other data are refused, other options are said."""
+    state = torch.load(folder / "train_state.pt", args.device, weights_only=True)
+    if state["data"] != data.fingerprint():
+        raise UsageError(f"{folder} was trained on other data: choose another --out (of a preset's "
+                         "encoder: train one, and give its run as --encoder)")
+    for name, before in state["options"].items():
+        now = vars(args).get(name)
+        if before != now and name not in ("data", "device", "out", "preset"):
+            note(f"{args.out} was trained with --{name} {before}, now {now}")
+    return state
 
 
 def make_optimizers(net, args):
@@ -801,7 +811,7 @@ def train(run):
         wandb.init(project=args.wandb, name=args.out, id=args.out.replace("/", "-"),
                    resume="allow", config=vars(args))
     if args.eval_every:
-        extractor = fid.load_extractor(args.eval_features, device=args.device)
+        extractor = fid.Extractor(args.eval_features, device=args.device)
         data = None if args.eval_ref else args.data
         reference = fid.open_reference(extractor, args.eval_ref, data)
     progress = tqdm(range(run.start, args.steps), args.out, initial=run.start, total=args.steps,
@@ -822,15 +832,14 @@ def train(run):
             if args.device != "cpu" and not last:
                 ahead = thread.submit(stage.batch, done)
 
-            # 2. The gradient: the mean of all processes. DistributedDataParallel would share
-            #    gradients in the backward pass; a step has as many of those as micro-batches, and
-            #    losses that are shared.
+            # 2. The gradient: the mean of all processes. DistributedDataParallel is not used: a step
+            #    has a backward pass for each micro-batch, and the loss itself needs communication.
             lr = learning_rate(step, args)
             for optimizer in run.optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = lr
             logs = stage.backward(batch, step, log)
-            grads = [p.grad for p in params]
+            grads = [p.grad for p in params if p.grad is not None]
             if world_size() > 1:
                 for work in [dist.all_reduce(grad, async_op=True) for grad in grads]:
                     work.wait()
@@ -848,6 +857,8 @@ def train(run):
                 with torch.no_grad():
                     new = 1 - min(args.ema_decay, (step + 1) / (step + 10))
                     torch._foreach_lerp_(list(run.ema.parameters()), params, new)
+                    for mean, buffer in zip(run.ema.buffers(), run.net.buffers()):
+                        mean.copy_(buffer)
                 skipped = 0
             else:
                 skipped += 1
@@ -887,7 +898,7 @@ def train(run):
                 run.save(done)
             if stopping:
                 note(f"{out}: stopped after step {done}; the same command resumes")
-                raise SystemExit(0)
+                raise SystemExit(1)  # so that `train.py && fid.py` does not score half a run
     note(f"{out}: {args.steps} steps; weights in {model.latest_checkpoint(out)}, pictures in "
          f"{out}/samples_*.png")
 

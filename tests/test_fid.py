@@ -193,7 +193,7 @@ FORMS = {
 
 def stand_in(resize=None, name="inception-0"):
     """An extractor whose features are the first eight values of an image."""
-    extractor = fid.load_extractor("pixels")
+    extractor = fid.Extractor("pixels")
     extractor.kind, extractor.name, extractor.resize = "stand-in", name, resize
     extractor.net = None
     return extractor
@@ -381,7 +381,7 @@ def test_itself_other_images_and_noise(command, features, ratio):
 
 def test_encoder_features_by_hand(run):
     """The last map of the ResNet-MAE, ReLU, averaged."""
-    extractor = fid.load_extractor(f"encoder:{run}/enc")
+    extractor = fid.Extractor(f"encoder:{run}/enc")
     images = torch.from_numpy(np.array(prepare_data.Dataset(run / "digits").images[:3]))
     with torch.no_grad():
         last = extractor.net.features(images / 127.5 - 1)["layer2"]
@@ -420,7 +420,7 @@ def test_where_precision_and_recall_come_from(command, run, monkeypatch):
 
     # No more than these, and of all classes.
     monkeypatch.setattr(fid, "REAL_FOR_PRECISION", 20)
-    real = fid.open_reference(fid.load_extractor("pixels"), data=run / "digits")["real"]
+    real = fid.open_reference(fid.Extractor("pixels"), data=run / "digits")["real"]
     chosen = prepare_data.Dataset(run / "digits").images[[i * 1442 // 20 for i in range(20)]]
     assert torch.equal(real, torch.from_numpy(chosen).flatten(1) / 127.5 - 1)
 
@@ -479,7 +479,7 @@ def test_several_processes(command, run, tmp_path):
         def main():
             for line in {lines}:
                 fid.main(line.split())
-            pixels = fid.load_extractor("pixels")
+            pixels = fid.Extractor("pixels")
             for count in {counts}:
                 rows = fid.gather_features(read, [10 * i for i in range(count)], pixels, 2)
                 print("rows", ((rows + 1) * 127.5).round().tolist())
