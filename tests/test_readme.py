@@ -35,6 +35,10 @@ def test_the_readme_has_commands_for_every_script():
         assert (ROOT / script).is_file()
 
 
+def test_nothing_is_left_to_be_filled_in():
+    assert not re.search(r"^[A-Z_]+$", README, re.M)
+
+
 def test_scripts_that_the_readme_names_are_all_there_is():
     named = re.findall(r"^\| `(\w+\.py)` \|", README, re.M)
     assert {path.name for path in ROOT.glob("*.py")} == set(named)
