@@ -16,7 +16,7 @@ from torch import nn
 import drift
 import model
 from conftest import (FIXTURES, ROOT, SMALL_GENERATOR, SMALL_MAE, convnext_of_transformers,
-                      flax_array, nchw, old_vae, published, random_artifact, ranks, relative_error,
+                      flax_array, nchw, old_vae, published, random_artifact, relative_error,
                       same_weights, small_vae)
 
 TINY = FIXTURES / "gen_latent_tiny"
@@ -562,56 +562,6 @@ def test_a_file_or_a_folder_is_whole_or_not_there(tmp_path):
                 raise KeyboardInterrupt
         assert file.read_text() == content
         assert [path.name for path in folder.iterdir()] == [content]
-
-
-SCRIPT = f"""
-import sys, time
-sys.path.insert(0, {str(ROOT)!r})
-import model, torch
-def main():
-    with model.claim(sys.argv[1]):
-        print("held", flush=True)
-        time.sleep(float(sys.argv[2]))
-model.run_script(main)
-"""
-
-
-def test_a_claimed_folder_is_free_again_when_its_process_is_killed(tmp_path):
-    def start(seconds):
-        return subprocess.Popen([sys.executable, "-c", SCRIPT, tmp_path / "out", seconds],
-                                text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    first = start("60")
-    try:
-        assert first.stdout.readline() == "held\n"
-        second = start("0")
-        said = second.communicate(timeout=60)[1]
-        assert said.endswith("out: wait for it, or end it\n") and "Traceback" not in said
-        assert second.returncode == 1
-    finally:
-        first.kill()
-        first.communicate()
-    third = start("0")
-    assert third.communicate(timeout=60)[0] == "held\n" and third.returncode == 0
-
-
-@pytest.mark.parametrize("shared", [True, False])
-def test_processes_need_a_common_folder(tmp_path, shared):
-    """Without one, as on two machines with a disk each, both end and say so."""
-    code = SCRIPT.replace("    with", """
-    clock = iter(range(0, 10**6, 20))
-    model.time.time = lambda: next(clock)
-    model.time.sleep = lambda seconds: None
-    model.note(f"{model.world_size()} processes")
-    total = model.all_reduce(torch.tensor([1.0 + model.get_rank()])).item()
-    assert total == 3 and model.gather(model.get_rank()) == [0, 1]
-    sys.argv[1] += "" if %r else str(model.get_rank())
-    with""" % shared)
-    processes = ranks(2, "-c", code, tmp_path / "out", "0")
-    said = [process.communicate(timeout=60)[0] for process in processes]
-    assert "2 processes" in said[0] and "2 processes" not in said[1]
-    for text, process in zip(said, processes):
-        assert process.returncode == (0 if shared else 1) and ("held" in text) == shared, text
-        assert ("is not the same folder on every machine" in text) != shared
 
 
 def test_a_terminal_that_is_gone_ends_nothing():
