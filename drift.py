@@ -222,7 +222,7 @@ def in_chunks(gen, *others):
     They are centred, which moves nothing: the Gram identity then keeps two digits more.
     """
     B, G, C = gen.shape
-    assert gen.is_floating_point() and all(len(x) == B for x in others)
+    assert gen.is_floating_point() and all(len(x) == B for x in others), "floats, B entries each"
     N = G + sum(x.shape[1] for x in others)
     entry = 4 * (N * C + 3 * G * (N + C))
     size = max(1, CHUNK_BYTES.get(gen.device.type, 1 << 29) // entry)

@@ -163,9 +163,10 @@ class Generator(nn.Module, Pretrained):
         """noise [n, c, h, w], class_labels [n], cfg_scale [n] (alpha), style_indices
         [n, noise_coords] -> samples [n, c, h, w]."""
         # Without these, one row or one style would be broadcast to all in silence.
-        assert noise.shape[1:] == (self.in_channels, self.input_size, self.input_size)
-        assert len(class_labels) == len(cfg_scale) == len(noise)
-        assert style_indices.shape == (len(noise), self.noise_coords)
+        size = (self.in_channels, self.input_size, self.input_size)
+        assert noise.shape[1:] == size, f"noise of {list(noise.shape)}"
+        assert len(class_labels) == len(cfg_scale) == len(noise), "a label and an alpha a sample"
+        assert style_indices.shape == (len(noise), self.noise_coords), "noise_coords styles each"
         p = self.patch_size
         cond = self.condition(class_labels, cfg_scale, style_indices)               # n d
         x = rearrange(noise, "n c (h p) (w q) -> n (h w) (p q c)", p=p, q=p)        # n t (p q c)

@@ -34,7 +34,7 @@ def generate(generator, labels, indices, cfg_scale=1.0, temperature=1.0, seed=0,
     in 10,000 by one grey level in float32, as on a CPU, and in bfloat16, as on a GPU, XS by one
     and B by three.
     """
-    assert len(labels) == len(indices), "a single label would be taken for all images"
+    assert len(labels) == len(indices), "one label for each image"
     device = next(generator.parameters()).device
     labels = torch.as_tensor(labels, device=device)
     alphas = torch.as_tensor(cfg_scale, dtype=torch.float32, device=device).expand(len(labels))
