@@ -86,7 +86,7 @@ def test_every_input_matters(generator):
 
 def test_what_would_be_wrong_in_silence_is_refused(folder):
     net = model.load_generator(folder)
-    with pytest.raises(AssertionError, match="a single label"):
+    with pytest.raises(AssertionError, match="one label for each"):
         sample.generate(net, [3], range(3))
     torch.nn.init.constant_(net.final_linear.bias, float("nan"))
     with pytest.raises(UsageError, match="NaN or Inf"):
