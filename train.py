@@ -746,7 +746,8 @@ class Run:
 
 def read_state(folder, args, data):
     """What a checkpoint holds for resuming. Other data are refused, other options are said."""
-    state = torch.load(folder / "train_state.pt", args.device, weights_only=True)
+    # Mapped, since of a run that has its steps only the few words are read.
+    state = torch.load(folder / "train_state.pt", "cpu", weights_only=True, mmap=True)
     if state["data"] != data.fingerprint():
         raise UsageError(f"{folder} was trained on other data: choose another --out (of a preset's "
                          "encoder: train one, and give its run as --encoder)")
@@ -758,9 +759,10 @@ def read_state(folder, args, data):
 
 
 def make_optimizers(net, args):
-    """AdamW (Table 8) of all parameters, but under --muon of the blocks' matrices Muon.
+    """AdamW (Table 8) for all parameters; under --muon, Muon for the matrices of the blocks.
 
-    Not of adaLN's: they map the condition, and begin at zero.
+    AdaLN's matrices stay with AdamW: they map the condition, and begin at zero. Small runs end
+    better in the same time; the paper's recipes keep AdamW alone.
     """
     matrices = []
     if args.muon:
@@ -832,8 +834,8 @@ def train(run):
             if args.device != "cpu" and not last:
                 ahead = thread.submit(stage.batch, done)
 
-            # 2. The gradient: the mean of all processes. DistributedDataParallel is not used: a step
-            #    has a backward pass for each micro-batch, and the loss itself needs communication.
+            # 2. The gradient: the mean of all processes. DistributedDataParallel is not used: a
+            #    step has a backward pass for each micro-batch, and its loss needs communication.
             lr = learning_rate(step, args)
             for optimizer in run.optimizers:
                 for group in optimizer.param_groups:
