@@ -1058,6 +1058,7 @@ def elsewhere(options):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     tiny_networks()
     findings = {**faults(), **killed()}
     equal()
