@@ -500,3 +500,11 @@ def test_a_finished_split_is_left_and_data_of_before_open(tmp_path, folder):
         with pytest.raises(model.UsageError, match="another run writes to .*out"):
             prepare_data.prepare(prepare_data.DIGITS, tmp_path / "out")
     assert files_of(tmp_path / "out/train") == before
+
+
+def test_enlarged_images_are_told(tmp_path, capsys):
+    for name, side in (("small", 6), ("large", 9)):
+        (tmp_path / name / "a").mkdir(parents=True)
+        picture((side, side)).save(tmp_path / name / "a" / "0.png")
+        prepare_data.prepare(tmp_path / name, tmp_path / f"{name}_out", size=8)
+        assert ("are enlarged" in capsys.readouterr().err) == (name == "small")

@@ -670,6 +670,14 @@ def test_a_source_is_not_prepared_into_somebodys_images(tmp_path, monkeypatch):
         shutil.rmtree("data/mine_prepared")
 
 
+@pytest.mark.parametrize("preset, remedy", [
+    ("latent_ablation", "latents --data SOURCE"), ("mae_pixel_640", "--size 256 --data SOURCE")])
+def test_missing_data_are_told_how_to_be_made(tmp_path, monkeypatch, preset, remedy):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=f"prepare_data.py {remedy}"):
+        train.main(["--preset", preset])
+
+
 def test_an_own_folder_goes_before_the_built_in_digits(tmp_path, monkeypatch):
     """But for `--preset digits`, which never takes somebody's images."""
     monkeypatch.chdir(tmp_path)
