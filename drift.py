@@ -122,30 +122,20 @@ def sinkhorn_loss(gen, gen2, pos, uncond=None, cfg_scale=None, temperature=0.05,
     if uncond is None or uncond.shape[1] == 0:  # else alpha would multiply the attraction alone
         uncond = gen[:, :0]
         cfg_scale = gen.new_ones(B)
-    sizes = [x.shape[1] for x in (gen, gen2, pos, uncond)]
-    M = sum(sizes[:3])  # the targets of which the scale is made
+    samples = [gen, gen2, pos, uncond]
+    sizes = [x.shape[1] for x in samples]
+    w = torch.cat([gen.new_ones(B, sum(sizes[:3])), gen.new_zeros(B, sizes[3])], 1)
 
     with torch.no_grad(), torch.autocast(gen.device.type, enabled=False):
-        # 1. One scale for the whole batch, the root of the mean squared distance. It needs no
-        #    pairs: sum_ij |x_i - t_j|^2 = M sum |x|^2 + G sum |t|^2 - 2 sum x . sum t.
-        chunks = []
-        total = 0
-        for y in in_chunks(gen, gen2, pos, uncond):                            # b N C
-            squares = y.norm(dim=2).square().double()                          # b N
-            products = y[:, :G].sum(1).mul_(y[:, :M].sum(1)).double()          # b C
-            total = total + M * squares[:, :G].sum() + G * squares[:, :M].sum()
-            total = total - 2 * products.sum()
-            chunks.append(y)
-        count = torch.full_like(total, B * G * M)
-        scale = mean_distance(total, count, reduce).sqrt().to(y.dtype)
-        unit = (scale / math.sqrt(C)).clamp_min(1e-3)
+        # 1. Squared distances, and one scale for the whole batch, the root of their mean.
+        chunks, scale, unit = distances(samples, w, reduce, power=2)
 
         # 2. Transport plans to each kind of targets; `gen` itself has no weight.
         fields = []
-        for alpha in cfg_scale[:, None, None].split([len(y) for y in chunks]):
-            y = chunks.pop(0)
-            A = squared_distances(y[:, :G], y)                                 # b G N
-            own, *others = A.div_(2 * temperature * C * unit**2).split(sizes, 2)
+        for alpha in cfg_scale[:, None, None].split([len(y) for y, _ in chunks]):
+            y, squares = chunks.pop(0)  # the field takes their memory
+            A = squares.div_(2 * temperature * C * unit**2)                    # b G N
+            own, *others = A.split(sizes, 2)
             own.zero_()
             for cost, factor in zip(others, (-1, alpha, 1 - alpha)):  # views of A
                 cost.copy_(transport(cost, iterations)).mul_(factor)
@@ -188,32 +178,29 @@ def affinity(dist, tau, kernel="both"):
     return A.clamp_min_(floor)
 
 
-def distances(samples, w, reduce):
-    """Distances of generated samples from all targets, and their scale.
+def distances(samples, w, reduce, power=1):
+    """Distances of generated samples from all targets to a power, 1 or 2, and their scale.
 
     samples: gen [B, G, C] and further targets, each [B, n, C]; w [B, N]: their weights in the
-    mean. Returns chunks, a list of (targets [b, N, C], distances [b, G, N]); the scale, the mean
-    distance over the whole batch; and the unit, which divides coordinates to order 1.
+    mean. Returns chunks, a list of (targets [b, N, C], powers [b, G, N]); the scale, the mean over
+    the whole batch as a distance; and the unit, which divides coordinates to order 1.
     """
     _, G, C = samples[0].shape
     chunks = []
     sums = []
     for y in in_chunks(*samples):
-        dist = squared_distances(y[:, :G], y).sqrt_()
+        dist = squared_distances(y[:, :G], y)
+        if power == 1:
+            dist.sqrt_()
         chunks.append((y, dist))
         sums.append(dist.sum(1))
     total = (torch.cat(sums) * w).sum(dtype=torch.float64)
     count = G * w.sum(dtype=torch.float64)
-    scale = mean_distance(total, count, reduce).to(y.dtype)
-    return chunks, scale, (scale / math.sqrt(C)).clamp_min(1e-3)
-
-
-def mean_distance(total, count, reduce):
-    """The mean over the whole batch, from the sum and the number of this part's distances."""
-    sums = torch.stack([total, count])
+    totals = torch.stack([total, count])
     if reduce:
-        sums = reduce("distance", sums)
-    return sums[0] / sums[1]
+        totals = reduce("distance", totals)
+    scale = (totals[0] / totals[1]).pow(1 / power).to(y.dtype)
+    return chunks, scale, (scale / math.sqrt(C)).clamp_min(1e-3)
 
 
 def in_chunks(gen, *others):
@@ -328,7 +315,8 @@ def energy_sums(gen, pos):
 
 def drifting(gen, gen2, pos, uncond, cfg_scale, **options):
     """`drift_loss` in the form of FIELDS."""
-    weight = unconditional_weight(cfg_scale, gen.shape[1], uncond.shape[1])
+    G, U = gen.shape[1], uncond.shape[1]
+    weight = ((cfg_scale - 1) * (G - 1) / U)[:, None].expand(-1, U)  # (A.7)
     return drift_loss(gen, pos, uncond, weight, **options)
 
 
@@ -411,11 +399,6 @@ def sample_alpha(n, power, fixed_share, rng):
         alpha = (1 + u * (4.0 ** (1 - power) - 1)) ** (1 / (1 - power))
     alpha[fixed < fixed_share] = 1
     return alpha.astype(np.float32)
-
-
-def unconditional_weight(alpha, G, U):
-    """Weight [n, U] of each of U unconditional negatives: (alpha - 1)(G - 1) / U (A.7)."""
-    return ((alpha - 1) * (G - 1) / U)[:, None].expand(-1, U)
 
 
 class SampleQueue:

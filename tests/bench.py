@@ -99,7 +99,8 @@ DRIFT = {
 
 
 def plain_drifting(gen, gen2, pos, uncond, cfg_scale):
-    weight = drift.unconditional_weight(cfg_scale, gen.shape[1], uncond.shape[1])
+    weight = (cfg_scale - 1) * (gen.shape[1] - 1) / uncond.shape[1]
+    weight = weight[:, None].expand(-1, uncond.shape[1])
     return reference.drift_loss(gen, pos, uncond, weight), {}
 
 

@@ -277,7 +277,7 @@ def test_locations_are_entries_of_their_own():
                       "b": torch.randn(2, n, 1, 4, generator=g)} for n in (4, 6, 2))
     alpha = torch.rand(2, generator=g) + 1
     total, losses, _ = drift.feature_loss("drifting", gen, None, pos, neg, alpha)
-    weight = drift.unconditional_weight(alpha, 4, 2)
+    weight = (3 * (alpha - 1) / 2)[:, None].expand(-1, 2)
     assert total.item() == pytest.approx(sum(losses.values()).item())
     for name, f in gen.items():
         places = [(label, t) for label in range(2) for t in range(f.shape[2])]
@@ -314,11 +314,6 @@ def test_alpha_has_the_density_of_the_paper(power):
         assert (alpha <= bound).double().mean().item() == pytest.approx(expected, abs=0.005)
     fixed = torch.from_numpy(drift.sample_alpha(100_000, power, 0.5, np.random.default_rng(0)))
     assert (fixed == 1).double().mean().item() == pytest.approx(0.5, abs=0.01)
-
-
-def test_unconditional_weight():
-    weight = drift.unconditional_weight(torch.tensor([1.0, 2.5]), 64, 16)
-    assert weight.shape == (2, 16) and weight[0].eq(0).all() and weight[1].eq(1.5 * 63 / 16).all()
 
 
 def test_queue_keeps_the_latest_of_each_class():
