@@ -18,8 +18,7 @@ V is anti-symmetric in the two distributions, so when they match, V = 0 and noth
 
 A batch entry b is one label at one location of one feature map: samples are compared with those
 of the same label at the same location, and with no others. `drift_loss` is the paper's field,
-`sinkhorn_loss` that of W-Flow (arXiv 2605.11755). Both go through the entries in chunks that fit
-into a CPU's cache.
+`sinkhorn_loss` that of W-Flow (arXiv 2605.11755). Both go through chunks of the entries.
 
 The 2-D experiments (5.1): `python drift.py`, or `python drift.py swiss_roll --field sinkhorn`.
 """
@@ -134,11 +133,11 @@ def sinkhorn_loss(gen, gen2, pos, uncond=None, cfg_scale=None, temperature=0.05,
         fields = []
         for alpha in cfg_scale[:, None, None].split([len(y) for y, _ in chunks]):
             y, squares = chunks.pop(0)  # the field takes their memory
-            A = squares.div_(2 * temperature * C * unit**2)                    # b G N
+            A = squares.div_(-2 * temperature * C * unit**2)                   # b G N
             own, *others = A.split(sizes, 2)
             own.zero_()
-            for cost, factor in zip(others, (-1, alpha, 1 - alpha)):  # views of A
-                cost.copy_(transport(cost, iterations)).mul_(factor)
+            for logits, factor in zip(others, (-1, alpha, 1 - alpha)):  # views of A
+                logits.copy_(transport(logits, iterations)).mul_(factor)
             fields.append(force(A[:, None], y))                                # b 1 G C
 
         # 3. Unit mean square over the whole batch.
@@ -261,17 +260,17 @@ def normalised_sum(fields, unit, reduce):
     return torch.cat(parts), mean_square
 
 
-def transport(cost, iterations):
+def transport(logits, iterations):
     """Entropic optimal transport [b, G, M] between uniform masses, each row divided by its sum.
 
-    cost [b, G, M] in units of the regularisation. An iteration of Sinkhorn's divides rows by their
-    sums, then columns. The first is made with logarithms, after which no sum is small. The others
-    find factors only, as row vectors (on a CPU columns take thrice the time); those of the rows
-    cancel in the last division. Columns have mass 1, so rows have M / G: were it another, factors
-    would grow at each iteration, to NaN.
+    logits [b, G, M]: log K, the negative cost in units of the regularisation. An iteration of
+    Sinkhorn's divides rows by their sums, then columns. The first is made with logarithms, after
+    which no sum is small. The others find factors only, as row vectors (on a CPU columns take
+    thrice the time); those of the rows cancel in the last division. Columns have mass 1, so rows
+    have M / G: were it another, factors would grow at each iteration, to NaN.
     """
-    plan = cost.neg().log_softmax(2).softmax(1)
-    _, G, M = cost.shape
+    plan = logits.log_softmax(2).softmax(1)
+    _, G, M = logits.shape
     columns = plan.new_ones(len(plan), 1, M)
     for _ in range(iterations - 1):
         rows = (columns @ plan.mT).reciprocal().mul_(M / G)                    # b 1 G
@@ -329,19 +328,18 @@ def feature_loss(field, gen, gen2, pos, uncond, cfg_scale, reduce=None, **option
 
     gen, gen2, pos, uncond: {name: [labels, samples, T, C]}; gen2 may be None; cfg_scale [labels].
     The T locations of a map become batch entries. reduce(feature, name, sums): see `drift_loss`.
-    Returns (total loss, losses {feature: scalar}, infos {feature: info}).
+    Returns (total loss, {feature: its loss and the info of the field, scalars}).
     """
-    losses = {}
     infos = {}
     for name, feature in gen.items():
         if reduce:
             options["reduce"] = functools.partial(reduce, name)
         second = entries_of(gen2[name]) if gen2 else None
         alpha = cfg_scale.repeat_interleave(feature.shape[2], 0)
-        loss, infos[name] = FIELDS[field](entries_of(feature), second, entries_of(pos[name]),
-                                          entries_of(uncond[name]), alpha, **options)
-        losses[name] = loss.mean()
-    return sum(losses.values()), losses, infos
+        loss, info = FIELDS[field](entries_of(feature), second, entries_of(pos[name]),
+                                   entries_of(uncond[name]), alpha, **options)
+        infos[name] = {"loss": loss.mean(), **info}
+    return sum(info["loss"] for info in infos.values()), infos
 
 
 def entries_of(feature):

@@ -21,7 +21,6 @@ import math
 import os
 import sys
 import zipfile
-from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +63,7 @@ def evaluate(read, num_images, extractor, reference, batch_size=64):
     distance = frechet_distance(*statistics(fake), reference["mu"], reference["sigma"])
     result = {"num_images": num_images, extractor.key: distance}
     if extractor.kind == "inception":
-        logits = fake.double() @ extractor.net.fc.weight.double().T  # a GPU would take TF32
+        logits = fake.double() @ extractor.net.fc.double().T  # a GPU would take TF32
         result["is"], result["is_std"] = inception_score(logits)
     if "real" in reference:
         real = torch.as_tensor(reference["real"]).to(fake.device)
@@ -138,114 +137,82 @@ def part_in_balls(points, centres, k):
 
 
 # --------------------------------------------------------------------------------------------
-# The network: Inception-v3, its parts named as the keys of pytorch-fid's checkpoint
+# The network
 
-def unit(width_in, width, kernel, stride=1, padding="same"):
-    """Convolution without bias, BatchNorm with TensorFlow's eps, ReLU."""
-    conv = nn.Conv2d(width_in, width, kernel, stride, padding, bias=False)
-    bn = nn.BatchNorm2d(width, eps=1e-3)
-    return nn.Sequential(OrderedDict(conv=conv, bn=bn, relu=nn.ReLU()))
-
-
-class Mixed(nn.Module):
-    """Branches side by side on one input, the last of them a pool; their outputs concatenated.
-
-    A branch is "NAME 48 1 1, NAME 64 5 5": names, widths and kernels of one unit after another;
-    "NAME 384 3 3 2 0": with this stride and padding; "NAME 384 1 3 | NAME 384 3 1": two units on
-    one input.
-    """
-
-    def __init__(self, width_in, pool, pool_width, *branches):
-        super().__init__()
-        self.branches = []  # for each branch and step the names of its units
-        for branch in branches:
-            self.branches.append([])
-            width = width_in
-            for step in branch.split(", "):
-                units = [text.split() for text in step.split(" | ")]
-                for name, *numbers in units:
-                    width_out, height, breadth, *how = map(int, numbers)
-                    self.add_module(name, unit(width, width_out, (height, breadth), *how))
-                width = width_out
-                self.branches[-1].append([name for name, *_ in units])
-        self.pool = pool
-        self.branch_pool = unit(width_in, pool_width, 1) if pool_width else nn.Identity()
-
-    def forward(self, x):
-        outputs = []
-        for steps in self.branches:
-            y = x
-            for names in steps:
-                y = torch.cat([self.get_submodule(name)(y) for name in names], 1)
-            outputs.append(y)
-        return torch.cat([*outputs, self.branch_pool(self.pool(x))], 1)
-
-
-class Inception(nn.Module):
+class Inception:
     """Inception-v3 as in TensorFlow's graph of 2015-12-05: [N, 3, 299, 299] -> [N, 2048].
 
+    weights: pytorch-fid's, {name: tensor}; layers have the sizes of their tensors.
     Not torchvision's: 1008 outputs, average pools that leave out the padding, Mixed_7c's max pool.
     """
 
-    def __init__(self):
-        super().__init__()
-        average = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
-        self.Conv2d_1a_3x3 = unit(3, 32, 3, 2, 0)
-        self.Conv2d_2a_3x3 = unit(32, 32, 3, 1, 0)
-        self.Conv2d_2b_3x3 = unit(32, 64, 3)
-        self.pool1 = nn.MaxPool2d(3, 2)                                          # 64 73 73
-        self.Conv2d_3b_1x1 = unit(64, 80, 1)
-        self.Conv2d_4a_3x3 = unit(80, 192, 3, 1, 0)
-        self.pool2 = nn.MaxPool2d(3, 2)                                          # 192 35 35
-        for name, width, pool_width in [("5b", 192, 32), ("5c", 256, 64), ("5d", 288, 64)]:
-            self.add_module(f"Mixed_{name}", Mixed(                              # 288 35 35
-                width, average, pool_width, "branch1x1 64 1 1",
-                "branch5x5_1 48 1 1, branch5x5_2 64 5 5",
-                "branch3x3dbl_1 64 1 1, branch3x3dbl_2 96 3 3, branch3x3dbl_3 96 3 3"))
-        self.Mixed_6a = Mixed(                                                   # 768 17 17
-            288, nn.MaxPool2d(3, 2), 0, "branch3x3 384 3 3 2 0",
-            "branch3x3dbl_1 64 1 1, branch3x3dbl_2 96 3 3, branch3x3dbl_3 96 3 3 2 0")
-        for name, c in [("6b", 128), ("6c", 160), ("6d", 160), ("6e", 192)]:
-            self.add_module(f"Mixed_{name}", Mixed(                              # 768 17 17
-                768, average, 192, "branch1x1 192 1 1",
-                f"branch7x7_1 {c} 1 1, branch7x7_2 {c} 1 7, branch7x7_3 192 7 1",
-                f"branch7x7dbl_1 {c} 1 1, branch7x7dbl_2 {c} 7 1, branch7x7dbl_3 {c} 1 7, "
-                f"branch7x7dbl_4 {c} 7 1, branch7x7dbl_5 192 1 7"))
-        self.Mixed_7a = Mixed(                                                   # 1280 8 8
-            768, nn.MaxPool2d(3, 2), 0, "branch3x3_1 192 1 1, branch3x3_2 320 3 3 2 0",
-            "branch7x7x3_1 192 1 1, branch7x7x3_2 192 1 7, branch7x7x3_3 192 7 1, "
-            "branch7x7x3_4 192 3 3 2 0")
-        for name, width, pool in [("7b", 1280, average), ("7c", 2048, nn.MaxPool2d(3, 1, 1))]:
-            self.add_module(f"Mixed_{name}", Mixed(                              # 2048 8 8
-                width, pool, 192, "branch1x1 320 1 1",
-                "branch3x3_1 384 1 1, branch3x3_2a 384 1 3 | branch3x3_2b 384 3 1",
-                "branch3x3dbl_1 448 1 1, branch3x3dbl_2 384 3 3, "
-                "branch3x3dbl_3a 384 1 3 | branch3x3dbl_3b 384 3 1"))
-        self.fc = nn.Linear(2048, 1008)  # for the Inception Score, without its bias
+    def __init__(self, weights, device="cpu"):
+        self.weights = {name: tensor.to(device) for name, tensor in weights.items()}
+        self.fc = self.weights["fc.weight"]  # for the Inception Score, without its bias
+        assert self.fc.shape == (1008, 2048), "not the Inception-v3 of 2015-12-05"
 
-    def forward(self, x):
-        *layers, _ = self.children()  # in the order above, without fc
-        for layer in layers:
-            x = layer(x)
+    def __call__(self, x):
+        average = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
+        shrink = nn.MaxPool2d(3, 2)
+        x = self.unit(x, "Conv2d_1a_3x3", 2, 0)
+        x = self.unit(x, "Conv2d_2a_3x3", 1, 0)
+        x = shrink(self.unit(x, "Conv2d_2b_3x3"))                                # 64 73 73
+        x = self.unit(x, "Conv2d_3b_1x1")
+        x = shrink(self.unit(x, "Conv2d_4a_3x3", 1, 0))                          # 192 35 35
+        triple = "3x3dbl_1 3x3dbl_2 3x3dbl_3"
+        for name in ("5b", "5c", "5d"):                                          # 288 35 35
+            x = self.mixed(x, name, f"1x1, 5x5_1 5x5_2, {triple}", average)
+        x = self.mixed(x, "6a", f"3x3, {triple}", shrink)                        # 768 17 17
+        for name in ("6b", "6c", "6d", "6e"):
+            x = self.mixed(x, name, "1x1, 7x7_1 7x7_2 7x7_3, "
+                           "7x7dbl_1 7x7dbl_2 7x7dbl_3 7x7dbl_4 7x7dbl_5", average)
+        x = self.mixed(x, "7a", "3x3_1 3x3_2, 7x7x3_1 7x7x3_2 7x7x3_3 7x7x3_4", shrink)
+        for name, pool in (("7b", average), ("7c", nn.MaxPool2d(3, 1, 1))):      # 2048 8 8
+            x = self.mixed(x, name, "1x1, 3x3_1 3x3_2a|3x3_2b, "
+                           "3x3dbl_1 3x3dbl_2 3x3dbl_3a|3x3dbl_3b", pool)
         return x.mean((2, 3))
 
+    def unit(self, x, name, stride=1, padding="same"):
+        """Convolution without bias, BatchNorm with TensorFlow's eps, ReLU."""
+        x = F.conv2d(x, self.weights[f"{name}.conv.weight"], None, stride, padding)
+        mean, variance, weight, bias = (self.weights[f"{name}.bn.{key}"] for key in (
+            "running_mean", "running_var", "weight", "bias"))
+        return F.batch_norm(x, mean, variance, weight, bias, eps=1e-3).relu_()
 
-def load_inception(path=None):
+    def mixed(self, x, name, branches, pool):
+        """Branches side by side on one input, and a pool, concatenated.
+
+        branches: "1x1, 3x3_1 3x3_2a|3x3_2b": one unit; and a unit before two on its output.
+        """
+        pooled = pool(x)
+        shrinks = pooled.shape != x.shape  # then so do the last units, and the pool stays alone
+        outputs = []
+        for branch in branches.split(", "):
+            *steps, last = branch.split()
+            y = x
+            for step in steps:
+                y = self.unit(y, f"Mixed_{name}.branch{step}")
+            for step in last.split("|"):
+                how = (2, 0) if shrinks else ()
+                outputs.append(self.unit(y, f"Mixed_{name}.branch{step}", *how))
+        if not shrinks:
+            pooled = self.unit(pooled, f"Mixed_{name}.branch_pool")
+        return torch.cat([*outputs, pooled], 1)
+
+
+def load_inception(path=None, device="cpu"):
     """The FID network with the weights of `path`, a state dict as pytorch-fid releases it.
 
     Without a path that release is downloaded into torch.hub's cache and its hash checked.
     """
-    with torch.device("meta"):  # without initialisation, which would draw random numbers
-        net = Inception()
     if path:
-        state = torch.load(path, "cpu", weights_only=True)
+        weights = torch.load(path, "cpu", weights_only=True)
     else:
         # torch.hub speaks on stdout, where only results belong.
         with contextlib.redirect_stdout(sys.stderr):
-            state = torch.hub.load_state_dict_from_url(
+            weights = torch.hub.load_state_dict_from_url(
                 INCEPTION_URL, None, "cpu", get_rank() == 0, check_hash=True, weights_only=True)
-    net.load_state_dict(dict(state), assign=True)  # with or without counts of batches
-    return net.eval().requires_grad_(False)
+    return Inception(weights, device)
 
 
 # --------------------------------------------------------------------------------------------
@@ -265,18 +232,20 @@ class Extractor:
 
     def __init__(self, features="inception", resize=None, inception=None, device="cpu"):
         self.kind, _, path = features.partition(":")
-        self.key = {"inception": "fid", "dinov2": "fd_dinov2", "encoder": "fd",
-                    "pixels": "fd"}[self.kind]
+        kinds = {"inception": "fid", "dinov2": "fd_dinov2", "encoder": "fd", "pixels": "fd"}
+        self.key = kinds[self.kind]
         self.name = self.kind  # and a hash of the weights
         self.resize = resize if self.kind == "inception" else "none"
         self.device = device
         if self.kind == "pixels":
             return
         if self.kind == "inception":
-            self.net = load_inception(inception).to(device)
+            self.net = load_inception(inception, device)
+            weights = self.net.weights
         else:
             self.net = load_encoder(path or "hf://facebook/dinov2-large").to(device)
-        self.name += f"-{digest(self.net):.12}"
+            weights = self.net.state_dict()
+        self.name += f"-{digest(weights):.12}"
 
     @torch.no_grad()
     @exact_convolutions
@@ -299,11 +268,10 @@ def inception_features(net, images, resize="tf1"):
     """uint8 [N, 1 or 3, H, W] -> pool features float32 [N, 2048] on the network's device.
 
     resize, bilinear to 299 x 299: half has pixel centres at half-integers, as torch and MeanFlow;
-    tf1 reads output i at i * H / 299, as TensorFlow 1 and ADM. They differ by a shift; neither
-    smooths when shrinking.
+    tf1 reads output i at i * H / 299, as TensorFlow 1 and ADM. Neither smooths when shrinking.
     """
     assert images.dtype == torch.uint8, f"no images of 0 to 255: {images.dtype}"
-    x = images.to(net.fc.weight.device).float()
+    x = images.to(net.fc.device).float()
     if resize == "half":
         x = F.interpolate(x, (299, 299), mode="bilinear", align_corners=False)
     else:
@@ -357,10 +325,6 @@ def open_reference(extractor, ref=None, data=None, batch_size=64):
     if ref:
         reference["real"] = gather_features(read, chosen, extractor, batch_size)
         return reference
-    prepared = open_prepared(data)
-    if prepared and prepared.count.max() > 1.2 * prepared.count.min():
-        note(f"the classes have {prepared.count.min()} to {prepared.count.max()} real images, and "
-             "equally many generated ones: the distance counts this too")
     rows = gather_features(read, range(count), extractor, batch_size)
     mu, sigma = statistics(rows)
     return reference | {"mu": mu, "sigma": sigma, "real": rows[chosen], "num_images": count}
@@ -421,8 +385,8 @@ def generated(generator, cfg_scale=1.0, seed=0, temperature=1.0, vae=None):
     """
     def read(indices):
         labels = [i % generator.num_classes for i in indices]
-        return to_uint8(generate(generator, labels, indices, cfg_scale, temperature, seed,
-                                 len(indices), vae=vae))
+        n = len(indices)
+        return to_uint8(generate(generator, labels, indices, cfg_scale, temperature, seed, n, vae))
     return read
 
 
@@ -573,14 +537,13 @@ def parse(argv=None):
     add("--inception", help="file of Inception's weights (None: downloaded)")
     add("--resize", choices=("tf1", "half"), help="for Inception, tf1: as ADM; half: as the paper "
         "(None: the reference's, tf1 for --data)")
-    add("--out", help="the .npz of ref (None: reference.npz) or the picture of neighbours (None: "
-        "neighbours.png)")
+    add("--out", help="the .npz of ref or the picture of neighbours (None: named so)")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse(argv)
-    args.out = args.out or {"ref": "reference.npz"}.get(args.command, "neighbours.png")
+    args.out = args.out or {"ref": "ref.npz"}.get(args.command, "neighbours.png")
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     extractor = Extractor(args.features, args.resize, args.inception, args.device)
     {"ref": command_ref, "eval": command_eval, "neighbours": command_neighbours}[args.command](

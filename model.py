@@ -42,8 +42,7 @@ class Pretrained(PyTorchModelHubMixin, library_name="drifting", license="mit"):
     """save_pretrained, from_pretrained, push_to_hub of huggingface_hub, strict about weights.
 
     config.json holds the constructor's arguments; `model_type`: "generator" or the class's name in
-    ENCODERS; and `origin`: the names of a trained network's classes, and the sha256 of the VAE
-    that made its latents.
+    ENCODERS; and `origin`: the names of a trained network's classes, and its VAE's sha256.
     """
 
     origin = {}
@@ -318,8 +317,7 @@ class MAE(nn.Module, Pretrained):
     def features(self, x):
         """x [n, c, h, w], not masked -> {name: [n, T, C]} (A.5): `norm_x` and those of every map.
 
-        Computed in the weights' type: with bfloat16 weights maps are bfloat16, the statistics of
-        them float32.
+        With bfloat16 weights maps are bfloat16, the statistics of them float32.
         """
         x = self.patchify(x)
         norm_x = (float32_at_least(x).square().mean((2, 3)) + 1e-6).sqrt()          # n c
@@ -754,10 +752,10 @@ class Unfilled(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def digest(net):
+def digest(state):
     """sha256 of a network's tensors, which is the same wherever its files are."""
     result = hashlib.sha256()
-    for tensor in net.state_dict().values():
+    for tensor in state.values():
         result.update(tensor.cpu().contiguous().numpy())
     return result.hexdigest()
 
@@ -1076,11 +1074,9 @@ SHARED_SECONDS = 60  # NFS shows new files late
 
 def check_shared(folder):
     """Make a folder, and see that all processes find it: several machines need a common disk."""
-    folder = Path(folder)
+    token = Path(folder, f".token_{gather(os.getpid())[0]}")
     if get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-    token = folder / f".token_{gather(os.getpid())[0]}"
-    if get_rank() == 0:
+        token.parent.mkdir(parents=True, exist_ok=True)
         token.touch()
     barrier()
     deadline = time.time() + SHARED_SECONDS
@@ -1090,8 +1086,7 @@ def check_shared(folder):
     if get_rank() == 0:
         token.unlink()
     if not all(found):
-        raise UsageError(f"{folder} is not the same folder on every machine: they need a common "
-                         "disk")
+        raise UsageError(f"{folder} is not on a disk that all machines share")
 
 
 @contextlib.contextmanager

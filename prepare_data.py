@@ -39,7 +39,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 from model import (SD_VAE, HelpFormat, UsageError, barrier, claim, gather, get_rank, load_vae, note,
@@ -85,11 +85,6 @@ class Dataset:
     def fingerprint(self):
         """Hash of meta.json, and so of its source: a run resumes on the data it began with."""
         return hashlib.sha256(json.dumps(self.meta).encode()).hexdigest()
-
-    def shown(self, most=10):
-        """The first classes that have images, for the columns of a picture: (labels, names)."""
-        labels = np.flatnonzero(self.count)[:most].tolist()
-        return labels, [self.meta["classes"][label] for label in labels]
 
     def batch(self, ids, rng=None, flip=False, device="cpu"):
         """Samples of these ids, float32 [n, C, H, W]: pixels in [-1, 1], or latents drawn anew.
@@ -309,24 +304,14 @@ def natural(name):
 # --------------------------------------------------------------------------------------------
 # One image
 
-# What EXIF's orientations from 2 on ask for.
-ORIENTATIONS = dict(enumerate("FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 "
-                              "TRANSVERSE ROTATE_90".split(), 2))
-
-
 def open_image(data):
     """Encoded image -> upright RGB image of PIL; what is transparent shows white."""
     try:
-        image = Image.open(io.BytesIO(data))
-        image.load()  # turns a TIFF, and takes its orientation away
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     except Exception as error:  # PIL has many kinds for a damaged file, and one for a bomb
         raise UsageError(f"cannot be read ({error})") from error
     if image.mode in ("I", "F"):
         raise UsageError("32-bit or float pixels, of unknown range: store 8 or 16 bits")
-    # Not PIL's exif_transpose: it writes the other EXIF tags again, and fails at bad ones.
-    turn = ORIENTATIONS.get(image.getexif().get(0x0112))
-    if turn:
-        image = image.transpose(Image.Transpose[turn])
     if image.mode.startswith("I;16"):  # PIL's own conversion would clip it to white
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     if image.has_transparency_data:
@@ -335,10 +320,8 @@ def open_image(data):
     return image.convert("RGB")
 
 
-def to_array(image, size=None, channels=None):
+def to_array(image, size=None):
     """PIL image -> uint8 [C, size, size], its centre crop as in ADM. None: as the image is."""
-    if channels:
-        image = image.convert("L" if channels == 1 else "RGB")
     if size and image.size != (size, size):
         while min(image.size) >= 2 * size:  # averages first: bicubic alone looks at too few pixels
             image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -372,9 +355,11 @@ def crop_resize(x, boxes, flips):
     boxes = boxes / np.tile([width, height], 2) * 2 - 1  # the image becomes [-1, 1] each way
     left, top, right, bottom = upload(boxes, x.device).to(x).unbind(1)
     mirror = torch.where(upload(flips, x.device), -1, 1)
-    zero = torch.zeros_like(left)
-    theta = torch.stack([mirror * (right - left) / 2, zero, (left + right) / 2,
-                         zero, (bottom - top) / 2, (top + bottom) / 2], 1).view(-1, 2, 3)
+    theta = torch.zeros(len(x), 2, 3, device=x.device)
+    theta[:, 0, 0] = mirror * (right - left) / 2
+    theta[:, 0, 2] = (left + right) / 2
+    theta[:, 1, 1] = (bottom - top) / 2
+    theta[:, 1, 2] = (top + bottom) / 2
     grid = F.affine_grid(theta, x.shape, align_corners=False)
     return F.grid_sample(x, grid, "bicubic", "border", align_corners=False).clamp(-1, 1)
 
@@ -398,11 +383,11 @@ class Latents:
         return moments.unflatten(0, (-1, 2)).cpu().numpy()
 
 
-def prepare(source, out, size=None, channels=None, skip_broken=False, latents=None):
+def prepare(source, out, size=None, skip_broken=False, latents=None):
     """Write OUT/SPLIT for every split of a source; one that is there already is left as it is.
 
-    All processes call it and share the work. size, channels: as of `to_array`. latents: `Latents`,
-    in place of pixels. Broken images are a UsageError, unless they are to be left out.
+    All processes call it and share the work. size: as of `to_array`. latents: `Latents`, in place
+    of pixels. Broken images are a UsageError, unless they are to be left out.
     """
     splits, load = open_source(source)
     classes = sorted({label for items in splits.values() for label, _ in items}, key=natural)
@@ -412,12 +397,12 @@ def prepare(source, out, size=None, channels=None, skip_broken=False, latents=No
     for split, items in splits.items():
         items.sort(key=lambda pair: number_of[pair[0]])  # keeps the order within a class
         labels = np.array([number_of[label] for label, _ in items])
-        write_split(Path(out, split), meta, items, labels, load, size, channels,
-                    latents or np.stack, skip_broken)
+        encode = latents or np.stack
+        write_split(Path(out, split), meta, items, labels, load, size, encode, skip_broken)
         barrier()
 
 
-def write_split(folder, meta, items, labels, load, size, channels, encode, skip_broken):
+def write_split(folder, meta, items, labels, load, size, encode, skip_broken):
     """Rows encode([array of an item, ...]) of items [(class, item), ...] -> the folder."""
     n = len(items)
     count = zip(meta["classes"], np.bincount(labels))
@@ -435,7 +420,7 @@ def write_split(folder, meta, items, labels, load, size, channels, encode, skip_
             return first
         if size and min(image.size) < size:
             enlarged.append(i)
-        return to_array(image, size, channels)
+        return to_array(image, size)
 
     first = None
     first = next((x for x in map(view, range(n)) if x is not None), None)
@@ -534,7 +519,6 @@ def parse(argv=None):
     add("--data", default=DIGITS, help="source of images, see above")
     add("--out", default="data/digits", help="folder to write")
     add("--size", type=int, help="side of centre crops (None: none; latents: 256)")
-    add("--channels", type=int, choices=(1, 3), help="1: greyscale (None: 3, the digits' 1)")
     add("--skip_broken", action="store_true", help="leave broken images out, in place of an error")
     add("--vae", default=SD_VAE, help="folder or hf:// of the VAE")
     args = parser.parse_args(argv)
@@ -550,8 +534,7 @@ def main(argv=None):
         torch.set_num_threads(1)  # on a CPU the bits would depend on their number
         latents = Latents(args.vae, "cuda" if torch.cuda.is_available() else "cpu")
         args.size = args.size or 256
-        args.channels = 3
-    prepare(args.data, args.out, args.size, args.channels, args.skip_broken, latents)
+    prepare(args.data, args.out, args.size, args.skip_broken, latents)
 
 
 if __name__ == "__main__":

@@ -31,8 +31,7 @@ def generate(generator, labels, indices, cfg_scale=1.0, temperature=1.0, seed=0,
     cfg_scale: alpha of A.7, one or [N]. temperature: multiplies the noise. vae: decodes latents.
 
     The same batches give the same bits. In other ones sizes XXS, XS and B moved at most one value
-    in 10,000 by one grey level in float32, as on a CPU, and in bfloat16, as on a GPU, XS by one
-    and B by three.
+    in 10,000 by one grey level in float32, and in bfloat16, as on a GPU, XS by one, B by three.
     """
     assert len(labels) == len(indices), "one label for each image"
     device = next(generator.parameters()).device
@@ -114,8 +113,7 @@ def add_sampling_options(parser, required):
     add = parser.add_argument
     add("--ckpt", required=required, help="run or checkpoint folder, folder of the authors' "
         "artifact, or on the Hub hf://NAME or hf://USER/REPO[/SUBFOLDER][@REVISION]")
-    add("--cfg_scale", type=float, nargs="+", default=[1.0], help="guidance alpha: training saw 1 "
-        "to 4")
+    add("--cfg_scale", type=float, nargs="+", default=[1.0], help="guidance alpha, of 1 to 4")
     add("--temperature", type=float, default=1.0, help="what multiplies the noise")
     add("--seed", type=int, default=0, help="seed of the noise")
     add("--batch_size", type=int, default=64, help="images at a time")

@@ -21,7 +21,6 @@ import json
 import math
 import os
 import signal
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -40,10 +39,6 @@ import fid
 import model
 import prepare_data
 import sample
-try:
-    import wandb  # optional, for --wandb
-except ImportError:
-    pass
 from model import UsageError, all_reduce, gather, get_rank, note, run_script, whole, world_size
 from prepare_data import upload
 
@@ -152,7 +147,6 @@ def build_parser():
     add("log_every", 10, "steps between lines of log.jsonl")
     add("sample_every", 1000, "steps between pictures")
     add("save_every", 1000, "steps between checkpoints")
-    add("wandb", None, "project of Weights & Biases that gets log and pictures too")
 
     add = functools.partial(add_option, parser.add_argument_group("real images"))
     add("crop_scale", 1.0, "least area of random crops (paper: 0.2)")
@@ -222,11 +216,8 @@ def add_option(group, name, default, meaning, **more):
 
 def parse(argv=None):
     """default < preset < command line."""
-    argv = sys.argv[1:] if argv is None else argv
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset")
-    preset = first.parse_known_args(argv)[0].preset
     parser = build_parser()
+    preset = parser.parse_args(argv).preset
     parser.set_defaults(**copy.deepcopy(PRESETS.get(preset, {})))
     args = parser.parse_args(argv)
     if not args.data or not (args.out or preset):
@@ -256,9 +247,6 @@ class EncoderStage:
 
     def __init__(self, args, data):
         latents = data.kind == "latents"
-        if latents and args.crop_scale < 1:
-            raise UsageError(f"{args.data} holds latents of whole images, but --crop_scale cuts "
-                             "before the VAE (A.3): give images")
         through_vae = args.to_latents and not latents
         side = data.shape[1] // 8 if through_vae else data.shape[1]
         self.args = args
@@ -324,7 +312,6 @@ class GeneratorStage:
 
     def __init__(self, args, data):
         latents = data.kind == "latents"
-        assert not latents or args.crop_scale == 1, "crops are cut from pixels, not from latents"
         self.args = args
         self.data = data
         self.net = model.Generator(data.shape[1], data.shape[0], patch_size=args.patch_size,
@@ -397,10 +384,7 @@ class GeneratorStage:
         seed = self.args.seed
         if self.queue is None or self.pushed > step + 1:  # queues start full
             self.queue = drift.SampleQueue(data.num_classes)
-            rng = np.random.default_rng([seed, 1 << 32])
-            for label, count in enumerate(data.count):
-                self.push(data.draw(label, min(count, self.queue.per_class), rng))
-            self.push(data.fresh(0, self.queue.overall, seed))
+            self.push(np.random.default_rng([seed, 1 << 32]).permutation(len(data)))
             self.pushed = 0
         while self.pushed <= step:
             self.push(data.fresh(self.pushed * fresh, fresh, seed))
@@ -482,10 +466,10 @@ class GeneratorStage:
         parts = split(batch, self.args.micro_batches)
         if len(parts) == 1:
             second = self.generate_second(batch)
-            loss, losses, infos = self.loss(self.generate(batch), second, batch,
-                                            lambda feature, name, sums: all_reduce(sums), energies)
+            loss, infos = self.loss(self.generate(batch), second, batch,
+                                    lambda feature, name, sums: all_reduce(sums), energies)
             loss.backward()
-            return figures([losses], infos, energies)
+            return figures([infos], energies)
 
         # 1. The samples of all parts, without gradients.
         with torch.no_grad():
@@ -513,46 +497,44 @@ class GeneratorStage:
 
         # 3. Part by part the gradient goes through the encoders to the samples, and from there
         #    through the generator, so that one network's activations are in memory at a time.
-        losses_of_parts = []
+        infos_of_parts = []
         for (x, second), part in zip(samples, parts):
-            loss, losses, infos = self.loss(x.requires_grad_(), second, part, total, energies)
+            loss, infos = self.loss(x.requires_grad_(), second, part, total, energies)
             (loss / len(parts)).backward()
             self.generate(part).backward(x.grad)
-            losses_of_parts.append(losses)
-        return figures(losses_of_parts, infos, energies)
+            infos_of_parts.append(infos)
+        return figures(infos_of_parts, energies)
 
     def preview(self, ema):
-        """A column for each of ten classes, always of the same noise."""
-        labels, names = self.data.shown()
+        """A column for each of the first ten classes with images, always of the same noise."""
+        labels = np.flatnonzero(self.data.count)[:10]
         index = np.arange(8 * len(labels))
         images = sample.generate(ema, np.tile(labels, 8), index, vae=self.vae)
+        names = [self.data.meta["classes"][label] for label in labels]
         return sample.to_uint8(images), len(labels), names
 
 
 STAGES = {"encoder": EncoderStage, "generator": GeneratorStage}
 
 
-def figures(losses_of_parts, infos, energies):
+def figures(infos_of_parts, energies):
     """What a step logs: means over features (of losses the sum), and those of each feature.
 
     `features` are {feature: [loss, scale, force_TAU...]}. `energy` is the energy distance between
-    generated and real samples {feature: number}, and `energy_distance` its mean: what falls while
-    normalisation pins the loss.
+    generated and real samples {feature: number}, and `energy_distance` its mean, which falls.
     """
-    by_feature = {}
-    for feature, info in infos.items():
-        loss = torch.stack([losses[feature].detach() for losses in losses_of_parts]).mean()
-        by_feature[feature] = torch.stack([loss, *info.values()])
-    table = torch.stack(list(by_feature.values()))
-    names = next(iter(infos.values()))
-    logs = dict(zip(("loss", *names), table.mean(0)))
+    infos = infos_of_parts[0]
+    values = [value.detach() for infos in infos_of_parts for info in infos.values()
+              for value in info.values()]
+    table = torch.stack(values).unflatten(0, (len(infos_of_parts), len(infos), -1)).mean(0)
+    logs = dict(zip(next(iter(infos.values())), table.mean(0)))
     logs["loss"] = table[:, 0].sum()
     if energies:
         sums = all_reduce(torch.stack(list(energies.values())))            # features 2
         energy = sums[:, 0] / sums[:, 1]
         logs["energy_distance"] = energy.mean()
         logs["energy"] = dict(zip(energies, energy))
-    return {**logs, "features": by_feature}
+    return {**logs, "features": dict(zip(infos, table))}
 
 
 def my_part(count):
@@ -605,7 +587,8 @@ def open_encoder(name, args):
     if args.encoder_size:
         encoder.image_size = args.encoder_size
     # By this a resumed run knows it again, whatever the type in which it computes.
-    encoder.identity = f"{encoder._hub_mixin_config} {args.encoder_size} {model.digest(encoder)}"
+    weights = model.digest(encoder.state_dict())
+    encoder.identity = f"{encoder._hub_mixin_config} {args.encoder_size} {weights}"
     if isinstance(encoder, model.MAE):
         del encoder.decoder, encoder.fc  # a fifth of its memory, and without use here
     if args.compile:
@@ -628,6 +611,9 @@ def main(argv=None):
     if args.size not in (None, data.shape[1]):
         raise UsageError(f"{args.data} holds images of side {data.shape[1]}, not --size "
                          f"{args.size}: give their source")
+    if data.kind == "latents" and args.crop_scale < 1:
+        raise UsageError(f"{args.data} holds latents of whole images, but --crop_scale cuts "
+                         "before the VAE (A.3): give images")
     parts = world_size() * args.micro_batches
     if (args.labels if args.stage == "generator" else args.batch_size) % parts:
         raise UsageError("--labels (of an encoder --batch_size) must be divisible by processes "
@@ -664,10 +650,6 @@ def main(argv=None):
     return args
 
 
-# The presets' data that have to be prepared by hand, and how.
-BY_HAND = {"data/imagenet_latents": "latents ", "data/imagenet256": "--size 256 "}
-
-
 def prepared(args):
     """The folder of --data: itself, or data/NAME, which is made of the source first."""
     source = Path(args.data)
@@ -677,8 +659,9 @@ def prepared(args):
     elif (source / "train/meta.json").exists():
         return args.data
     elif not source.exists():
-        raise UsageError(f"{source}: no data there; make it with: python prepare_data.py "
-                         f"{BY_HAND.get(args.data, '')}--data SOURCE --out {source}")
+        kind = "latents" if "latents" in source.name else "pixels"
+        raise UsageError(f"{source}: no data there; make it with: python prepare_data.py {kind} "
+                         f"--data SOURCE --size 256 --out {source}")
     # A folder of that name may be somebody's images, perhaps those that are read.
     elif out.exists() and not ((out / ".lock").exists() or (out / "train/meta.json").exists()):
         out = Path(f"{out}_prepared")
@@ -761,8 +744,7 @@ def read_state(folder, args, data):
 def make_optimizers(net, args):
     """AdamW (Table 8) for all parameters; under --muon, Muon for the matrices of the blocks.
 
-    AdaLN's matrices stay with AdamW: they map the condition, and begin at zero. Small runs end
-    better in the same time; the paper's recipes keep AdamW alone.
+    AdaLN's matrices, which begin at zero, stay with AdamW. The paper's recipes have AdamW alone.
     """
     matrices = []
     if args.muon:
@@ -795,8 +777,7 @@ def start_from(path, net):
             for c in known:
                 rows[classes.index(c)] = weights[name][theirs.index(c)]
             weights[name] = rows
-            note(f"{name}: {len(known)} of {len(classes)} classes have their names in {path}, the "
-                 "others start anew")
+            note(f"{name}: {len(known)} of {len(classes)} classes are known by name, others anew")
     net.load_state_dict(weights)
 
 
@@ -809,9 +790,6 @@ def train(run):
     stage = run.stage
     params = run.params
     out = Path(args.out)
-    if args.wandb and get_rank() == 0:
-        wandb.init(project=args.wandb, name=args.out, id=args.out.replace("/", "-"),
-                   resume="allow", config=vars(args))
     if args.eval_every:
         extractor = fid.Extractor(args.eval_features, device=args.device)
         data = None if args.eval_ref else args.data
@@ -846,8 +824,7 @@ def train(run):
                 for work in [dist.all_reduce(grad, async_op=True) for grad in grads]:
                     work.wait()
                 torch._foreach_div_(grads, world_size())
-            # --clip 2 is active at nearly every step: on the digits the norm is 3e5 at the first
-            # step and 35 at the last.
+            # --clip 2 is active at nearly every step: the digits' norm is 3e5 at first, 35 at last.
             norm = torch.nn.utils.clip_grad_norm_(params, args.clip)
 
             # 3. The weights and their average, whose memory grows with the run, so that short runs
@@ -888,10 +865,7 @@ def train(run):
             if get_rank() == 0 and (done % args.sample_every == 0 or done == 1 or last):
                 with torch.no_grad():
                     images, columns, names = stage.preview(run.ema)
-                picture = out / f"samples_{done:08d}.png"
-                sample.save_grid(images, columns, picture, names=names)
-                if args.wandb:
-                    wandb.log({"samples": wandb.Image(str(picture))}, step=done)
+                sample.save_grid(images, columns, out / f"samples_{done:08d}.png", names=names)
             if args.eval_every and (done % args.eval_every == 0 or done == 1):
                 evaluate(run, done, extractor, reference)
             # Any process may have been asked to stop.
@@ -901,8 +875,7 @@ def train(run):
             if stopping:
                 note(f"{out}: stopped after step {done}; the same command resumes")
                 raise SystemExit(1)  # so that `train.py && fid.py` does not score half a run
-    note(f"{out}: {args.steps} steps; weights in {model.latest_checkpoint(out)}, pictures in "
-         f"{out}/samples_*.png")
+    note(f"{out}: done; weights in {model.latest_checkpoint(out)}, pictures in samples_*.png")
 
 
 def learning_rate(step, args):
@@ -944,12 +917,9 @@ def signals_to_stop():
 
 def write_log(args, row):
     """Append a line to log.jsonl. A resumed run writes the steps that it makes again once more."""
-    if get_rank() > 0:
-        return
-    with open(Path(args.out) / "log.jsonl", "a") as log:
-        log.write(fid.json_line(row) + "\n")
-    if args.wandb:
-        wandb.log(row, step=row["step"])
+    if get_rank() == 0:
+        with open(Path(args.out) / "log.jsonl", "a") as log:
+            log.write(fid.json_line(row) + "\n")
 
 
 def averaged(figures):

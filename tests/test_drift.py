@@ -276,7 +276,8 @@ def test_locations_are_entries_of_their_own():
     gen, pos, neg = ({"a": torch.randn(2, n, 3, 5, generator=g),
                       "b": torch.randn(2, n, 1, 4, generator=g)} for n in (4, 6, 2))
     alpha = torch.rand(2, generator=g) + 1
-    total, losses, _ = drift.feature_loss("drifting", gen, None, pos, neg, alpha)
+    total, infos = drift.feature_loss("drifting", gen, None, pos, neg, alpha)
+    losses = {name: info["loss"] for name, info in infos.items()}
     weight = (3 * (alpha - 1) / 2)[:, None].expand(-1, 2)
     assert total.item() == pytest.approx(sum(losses.values()).item())
     for name, f in gen.items():

@@ -79,6 +79,11 @@ import json, sys, types
 import numpy as np, torch
 import drift, fid, model, prepare_data, sample, train
 
+rows = []
+wandb = types.SimpleNamespace(run=None, log=lambda row, step: rows.append((step, row["loss"])))
+wandb.init = lambda **options: setattr(wandb, "run", options["config"]["out"])
+sys.modules["wandb"] = wandb
+
 dist = torch.rand(2, 3, 5)
 wanted = (-(dist / 0.5) ** 2).exp()
 assert torch.allclose(drift.affinity(dist, 0.5, "gaussian"), wanted.clamp_min(1e-3))
@@ -114,6 +119,7 @@ model.Pyramid().save_pretrained("runs/pyramid")
 model.Pyramid(1).save_pretrained("runs/pyramid_1")
 line = "--encoder runs/pyramid --model M --labels 4 --gen 4 --pos 4 --uncond 2 --push 8 --steps"
 train.main(f"--data data/mine --out runs/mine --kernel gaussian {line} 2".split())
+assert wandb.run == "runs/mine" and [step for step, _ in rows] == [1, 2]
 train.main(f"--data data/mine --out runs/mmd --field mmd {line} 1".split())
 train.main(f"--data data/ink --out runs/ink {line} 2 --encoder runs/pyramid_1".split())
 fid.main("eval --ckpt runs/mine --data data/mine --features pixels --num_images 40".split())
@@ -168,7 +174,7 @@ def test_change_something(tmp_path):
     for script in ROOT.glob("*.py"):
         shutil.copy(script, tmp_path)
     (tmp_path / "assets").symlink_to(ROOT / "assets")
-    assert apply_changes(tmp_path) == 7
+    assert apply_changes(tmp_path) == 8
     [moco] = blocks("Change something", "python")
     (tmp_path / "moco.py").write_text(moco)
     (tmp_path / "mine").mkdir()

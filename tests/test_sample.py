@@ -182,7 +182,7 @@ def test_the_same_on_two_processes_and_refused_without_a_common_disk(folder, tmp
     processes = ranks(2, tmp_path / "script.py", cwd=tmp_path)
     said = [process.communicate(timeout=100)[0] for process in processes]
     assert [process.returncode for process in processes] == [1, 1], said
-    assert all("not the same folder on every machine" in text for text in said)
+    assert all("not on a disk that all machines share" in text for text in said)
     assert all("Traceback" not in text for text in said) and (tmp_path / "x.png").is_file()
     files = sorted(os.listdir(tmp_path / "one"))
     assert sorted(os.listdir(tmp_path / "two")) == files and len(files) == 5

@@ -486,19 +486,6 @@ def test_the_log_explains_a_run(home):
     assert 0 < line["energy_distance"] < 3
 
 
-def test_weights_and_biases_gets_rows_and_pictures(home, monkeypatch):
-    seen = []
-    stand_in = SimpleNamespace(init=lambda **options: seen.append(options), Image=str,
-                               log=lambda row, step: seen.append((step, row)))
-    monkeypatch.setattr(train, "wandb", stand_in, raising=False)
-    start(GENERATOR, out="runs/wandb", steps=2, wandb="mine")
-    assert seen[0]["project"] == "mine" and seen[0]["config"]["labels"] == 4
-    rows = [row for step, row in seen[1:] if "loss" in row]
-    assert [row["loss"] for row in rows] == [row["loss"] for row in log("runs/wandb")]
-    pictures = [row["samples"] for step, row in seen[1:] if "samples" in row]
-    assert pictures == ["runs/wandb/samples_00000001.png", "runs/wandb/samples_00000002.png"]
-
-
 # --------------------------------------------------------------------------------------------
 # Checkpoints and evaluation
 
@@ -671,10 +658,10 @@ def test_a_source_is_not_prepared_into_somebodys_images(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("preset, remedy", [
-    ("latent_ablation", "latents --data SOURCE"), ("mae_pixel_640", "--size 256 --data SOURCE")])
+    ("latent_ablation", "latents"), ("mae_pixel_640", "pixels")])
 def test_missing_data_are_told_how_to_be_made(tmp_path, monkeypatch, preset, remedy):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=f"prepare_data.py {remedy}"):
+    with pytest.raises(UsageError, match=f"prepare_data.py {remedy} --data SOURCE --size 256"):
         train.main(["--preset", preset])
 
 
@@ -691,10 +678,14 @@ def test_an_own_folder_goes_before_the_built_in_digits(tmp_path, monkeypatch):
     assert len(prepare_data.Dataset(embedded)) == 1442
 
 
-def test_init_from_goes_by_the_names_of_classes(home, tmp_path, capsys):
+def test_init_from_goes_by_the_names_of_classes(home, tmp_path, capsys, monkeypatch):
     """What belongs to a class both have is copied; a class that is new starts anew, and is said."""
-    write_images(tmp_path / "mine", {"3": 9, "new": 9, "9": 9})
-    prepare_data.prepare(tmp_path / "mine", tmp_path / "data", 8, 1)
+    images = np.random.default_rng(0).integers(0, 256, (27, 8, 8), np.uint8)
+    arrays = {"train": (images, np.arange(27) % 3)}
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_data, "open_source",
+                      lambda _: prepare_data.from_arrays(arrays, ["3", "new", "9"]))
+        prepare_data.prepare("mine", tmp_path / "data")
     classes = prepare_data.Dataset(tmp_path / "data").meta["classes"]
     for run, options in (("runs/e", ENCODER), ("runs/g", GENERATOR)):
         source = load_file(f"{run}/step_00000006/model.safetensors")
@@ -712,7 +703,7 @@ def test_init_from_goes_by_the_names_of_classes(home, tmp_path, capsys):
                                for row in theirs if name != "fc.bias")
             else:
                 assert torch.allclose(own, theirs, atol=1e-5), name
-        assert f"2 of 3 classes have their names in {run}" in capsys.readouterr().err
+        assert "2 of 3 classes are known by name" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------
