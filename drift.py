@@ -36,12 +36,11 @@ from PIL import Image, ImageDraw
 
 TEMPERATURES = (0.02, 0.05, 0.2)  # A.6
 KERNELS = ("both", "targets", "none")  # Table 11, see `affinity`
-# What the pairs and targets of a chunk may take: they stay in a CPU's cache, and keep a GPU busy.
+# Bytes of a chunk's pairs and targets: few enough for a CPU's cache, enough to keep a GPU busy.
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 1 << 29}
 
 
-# --------------------------------------------------------------------------------------------
-# The loss
+# ---- The loss ------------------------------------------------------------------------------------
 
 def drift_loss(gen, pos, neg=None, weight_neg=None, temperatures=TEMPERATURES, kernel="both",
                attraction=1.0, repulsion=1.0, reduce=None):
@@ -80,7 +79,7 @@ def drift_loss(gen, pos, neg=None, weight_neg=None, temperatures=TEMPERATURES, k
         #    of neg: a positive's weight is A_ij times the sum over negatives, and the reverse.
         fields = []
         for w_b in w.split([len(y) for y, _ in chunks]):
-            y, dist = chunks.pop(0)  # the field takes their memory
+            y, dist = chunks.pop(0)  # frees their memory for the field
             d = dist.div_(scale.clamp_min(1e-3))
             d[:, :, :G].diagonal(dim1=1, dim2=2).add_(100)  # a sample does not repel itself
             A = affinity(d[:, None], taus, kernel)                             # b taus G N
@@ -132,7 +131,7 @@ def sinkhorn_loss(gen, gen2, pos, uncond=None, cfg_scale=None, temperature=0.05,
         # 2. Transport plans to each kind of targets; `gen` itself has no weight.
         fields = []
         for alpha in cfg_scale[:, None, None].split([len(y) for y, _ in chunks]):
-            y, squares = chunks.pop(0)  # the field takes their memory
+            y, squares = chunks.pop(0)  # frees their memory for the field
             A = squares.div_(-2 * temperature * C * unit**2)                   # b G N
             own, *others = A.split(sizes, 2)
             own.zero_()
@@ -279,8 +278,7 @@ def transport(logits, iterations):
     return plan.div_(plan.sum(2, keepdim=True))
 
 
-# --------------------------------------------------------------------------------------------
-# A figure that shows progress, which normalisation hides in the loss and in the forces
+# ---- A figure that shows progress, which normalisation hides in the loss and in the forces -------
 
 def energy_distance(gen, pos):
     """How far generated samples are from real ones: 0 in expectation when they are distributed
@@ -309,8 +307,7 @@ def energy_sums(gen, pos):
     return torch.stack([2 * between - within_gen - within_pos, between])
 
 
-# --------------------------------------------------------------------------------------------
-# The loss over many features
+# ---- The loss over many features -----------------------------------------------------------------
 
 def drifting(gen, gen2, pos, uncond, cfg_scale, **options):
     """`drift_loss` in the form of FIELDS."""
@@ -347,8 +344,7 @@ def entries_of(feature):
     return feature.transpose(1, 2).flatten(0, 1)
 
 
-# --------------------------------------------------------------------------------------------
-# Features
+# ---- Features ------------------------------------------------------------------------------------
 
 def multi_scale_features(maps):
     """Features (a)-(d) of A.5 of each map: {name: [N, C, H, W]} -> {name: [N, T, C]}.
@@ -382,8 +378,7 @@ def multi_scale_features(maps):
     return features
 
 
-# --------------------------------------------------------------------------------------------
-# Guidance (A.7) and the queue of real samples (A.8)
+# ---- Guidance (A.7) and the queue of real samples (A.8) ------------------------------------------
 
 def sample_alpha(n, power, fixed_share, rng):
     """n guidance scales in [1, 4] with density ~ alpha^-power; a share of them is 1 (A.7).
@@ -427,8 +422,7 @@ class SampleQueue:
         return rng.choice(np.array(self.of_any), n, replace=n > len(self.of_any))
 
 
-# --------------------------------------------------------------------------------------------
-# The 2-D experiments (5.1): no encoder, the plane is the feature, and a small MLP generates
+# ---- The 2-D experiments (5.1): no encoder, the plane is the feature, and a small MLP generates --
 
 def two_modes(n):
     sides = torch.randint(2, (n, 1)) * 3 - 1.5

@@ -47,8 +47,7 @@ REFERENCES = {
 REAL_FOR_PRECISION = 10_000
 
 
-# --------------------------------------------------------------------------------------------
-# The figures. A new one is a function here and a line in `evaluate`.
+# ---- The figures; a new one is a function here and a line in `evaluate` --------------------------
 
 def evaluate(read, num_images, extractor, reference, batch_size=64):
     """Score images 0 to num_images - 1 of `generated` or `open_images`. All processes call it.
@@ -136,8 +135,7 @@ def part_in_balls(points, centres, k):
     return count / len(points)
 
 
-# --------------------------------------------------------------------------------------------
-# The network
+# ---- The network ---------------------------------------------------------------------------------
 
 class Inception:
     """Inception-v3 as in TensorFlow's graph of 2015-12-05: [N, 3, 299, 299] -> [N, 2048].
@@ -215,15 +213,14 @@ def load_inception(path=None, device="cpu"):
     return Inception(weights, device)
 
 
-# --------------------------------------------------------------------------------------------
-# Features
+# ---- Features ------------------------------------------------------------------------------------
 
 # TF32, which cuDNN's convolutions take by default on a GPU, moves features by 5e-4.
 exact_convolutions = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 class Extractor:
-    """What turns images into the rows that are compared: uint8 [n, C, H, W] -> float32 [n, D].
+    """Turns images into the feature rows that are compared: uint8 [n, C, H, W] -> float32 [n, D].
 
     features: inception (FID), pixels, encoder:CKPT, a ResNet-MAE of ours, for data of which
     Inception knows nothing, or dinov2[:PATH] (FD-DINOv2). resize, of Inception alone: tf1, half,
@@ -298,8 +295,7 @@ def gather_features(read, indices, extractor, batch_size=64):
     return all_reduce(rows)  # every row is that of one process plus zeros: the same bits
 
 
-# --------------------------------------------------------------------------------------------
-# What is compared: references, images
+# ---- What is compared: references, images --------------------------------------------------------
 
 def open_reference(extractor, ref=None, data=None, batch_size=64):
     """What images are compared with, a dict. All processes call it together.
@@ -369,8 +365,7 @@ def read_statistics(path, resize, extractor):
         resize = str(file["resize"])
     extractor.resize = extractor.resize or resize
     if extractor.resize is None:
-        raise UsageError(f"{path} does not say how its images were resized: say --resize tf1 (ADM, "
-                         "JiT) or half (MeanFlow, the paper)")
+        raise UsageError(f"{path}: say --resize tf1 (ADM, JiT) or half (MeanFlow, the paper)")
     if resize not in (None, extractor.resize) or not extractor.name.startswith(features):
         raise UsageError(f"{path} was made with features {features}, resize {resize}; this run has "
                          f"features {extractor.name}, resize {extractor.resize}")
@@ -433,8 +428,7 @@ def open_npz(path):
     return shape[0], read
 
 
-# --------------------------------------------------------------------------------------------
-# The commands
+# ---- The commands --------------------------------------------------------------------------------
 
 def command_ref(args, extractor):
     reference = open_reference(extractor, None, args.data, args.batch_size)
@@ -518,8 +512,7 @@ def command_neighbours(args, extractor):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormat,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormat)
     add = parser.add_argument
     add("command", choices=("ref", "eval", "neighbours"), help="ref: write statistics of --data; "
         "eval: score --ckpt or --images against --ref, --data or both; neighbours: show generated "

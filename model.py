@@ -53,7 +53,7 @@ class Pretrained(PyTorchModelHubMixin, library_name="drifting", license="mit"):
         if self.origin:
             config["origin"] = self.origin
         super().save_pretrained(save_directory, **{**options, "config": config})
-        # safetensors lets the owner alone read its files; config.json has the mode of all others.
+        # safetensors writes files that only their owner can read: give them config.json's mode.
         folder = Path(save_directory)
         shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
@@ -62,8 +62,7 @@ class Pretrained(PyTorchModelHubMixin, library_name="drifting", license="mit"):
         return super()._from_pretrained(**{**options, "strict": True})
 
 
-# Table 8. XXS to S are ours, for small images on small machines. XXS is for the digits, whose 8 x 8
-# pixels are one token: attention has nothing to do there, and blocks are MLPs under a condition.
+# Table 8. XXS to S are ours, for small images on small machines.
 GENERATOR_SIZES = {
     "XXS": dict(hidden_size=128, depth=3, num_heads=1, n_cls_tokens=0),
     "XS": dict(hidden_size=128, depth=3, num_heads=4, n_cls_tokens=1),
@@ -74,8 +73,7 @@ GENERATOR_SIZES = {
 }
 
 
-# --------------------------------------------------------------------------------------------
-# Generator
+# ---- Generator -----------------------------------------------------------------------------------
 
 class Generator(nn.Module, Pretrained):
     """DiT from noise to sample in one forward pass (A.2, Table 8), given class, alpha and styles.
@@ -216,7 +214,7 @@ class Block(nn.Module):
         return x + gate2.to(x.dtype) * self.mlp_out(F.silu(self.mlp_gate(h)) * self.mlp_in(h))
 
     def attention(self, x, rope):
-        q, k, v = split_heads(self.qkv(x), self.num_heads)
+        q, k, v = rearrange(self.qkv(x), "n t (qkv h d) -> qkv n h t d", qkv=3, h=self.num_heads)
         q = rotate(self.q_norm(q), rope)
         k = rotate(self.k_norm(k), rope)
         if self.attn_fp32:
@@ -235,10 +233,6 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
             return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-
-
-def split_heads(x, heads):
-    return rearrange(x, "n t (qkv heads d) -> qkv n heads t d", qkv=3, heads=heads)
 
 
 def modulation(linear, cond, chunks):
@@ -273,8 +267,7 @@ def sincos_2d(grid, width):
     return torch.cat([one_axis.repeat(grid, 1), one_axis.repeat_interleave(grid, 0)], 1)
 
 
-# --------------------------------------------------------------------------------------------
-# The encoder of the paper
+# ---- The encoder of the paper --------------------------------------------------------------------
 
 class MAE(nn.Module, Pretrained):
     """ResNet masked autoencoder (A.3). Its encoder's features are the space where samples drift.
@@ -421,8 +414,7 @@ class GroupNorm(nn.GroupNorm):
             return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
-# --------------------------------------------------------------------------------------------
-# Networks of others: ConvNeXt-V2 and DINOv2, whose features are of pixels, and the SD-VAE
+# ---- Networks of others: ConvNeXt-V2 and DINOv2, whose features are of pixels, and the SD-VAE ----
 
 def imagenet_input(x, size, mode):
     """Images [n, 3, h, w] in [-1, 1] -> [n, 3, size, size], standardised by ImageNet's mean and
@@ -434,10 +426,7 @@ def imagenet_input(x, size, mode):
 
 
 class ConvNeXtV2(nn.Module, Pretrained):
-    """ConvNeXt-V2, an encoder of pixels beside the MAE (A.5; P: FID 9.35 -> 3.70).
-
-    Config keys have the names that transformers gives them in public checkpoints.
-    """
+    """ConvNeXt-V2, an encoder of pixels (A.5; P: FID 9.35 -> 3.70), with transformers' config."""
 
     def __init__(self, depths=(3, 3, 27, 3), hidden_sizes=(128, 256, 512, 1024), num_channels=3,
                  patch_size=4, image_size=224, layer_norm_eps=1e-12):
@@ -592,7 +581,8 @@ class DINOv2Block(nn.Module):
         self.scale2 = nn.Parameter(torch.ones(width))
 
     def forward(self, x):
-        q, k, v = split_heads(self.qkv(self.norm1(x)), self.num_heads)
+        qkv = self.qkv(self.norm1(x))
+        q, k, v = rearrange(qkv, "n t (qkv h d) -> qkv n h t d", qkv=3, h=self.num_heads)
         y = F.scaled_dot_product_attention(q, k, v)                                 # n heads t d
         x = x + self.scale1 * self.proj(rearrange(y, "n heads t d -> n t (heads d)"))
         return x + self.scale2 * self.fc2(F.gelu(self.fc1(self.norm2(x))))
@@ -613,8 +603,7 @@ def load_vae(path=SD_VAE, device="cpu", sha256=None):
     with open(weights, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if sha256 not in (None, found):
-        raise UsageError(f"--vae {path} is not the VAE that made the latents: its sha256 is "
-                         f"{found}, that of theirs {sha256}")
+        raise UsageError(f"--vae {path} is not the VAE that made the latents, of sha256 {sha256}")
     from diffusers import AutoencoderKL  # takes three seconds, which other commands need not wait
     net, misfits = AutoencoderKL.from_pretrained(
         weights.parent, use_safetensors=weights.suffix == ".safetensors", low_cpu_mem_usage=False,
@@ -663,8 +652,7 @@ class VAE(nn.Module):
         return x.to(self.net.dtype, memory_format=torch.channels_last).split(size)
 
 
-# --------------------------------------------------------------------------------------------
-# Loading: checkpoints of ours, artifacts of the authors', of others; in a folder or on the Hub
+# ---- Loading: checkpoints of ours, of the authors, of others; from folders and the Hub -----------
 
 # A new encoder is a class derived from nn.Module and Pretrained, with `in_channels` and `features`
 # as MAE has them, and an entry here. YOURS(...).save_pretrained(FOLDER) then writes weights and
@@ -688,8 +676,7 @@ PUBLISHED |= {f"wflow_{name}": f"jiaqihan99/W-Flow/checkpoints/latent_{file}.pt"
 MODEL_FILES = (("metadata.json", "ema_params.msgpack"), ("config.json", "model.safetensors"),
                ("config.json", "pytorch_model.bin"))
 
-# The kind of a network without `model_type`, as the authors' artifacts and single files, by a
-# tensor that only this kind has.
+# Files without `model_type`, as the authors' artifacts: their kind, by a tensor that only it has.
 KINDS = {"class_embed.weight": "generator", "encoder.conv1.weight": "mae", "cls_token": "dinov2"}
 
 
@@ -738,8 +725,8 @@ def load_model(path, classes):
 class Unfilled(TorchFunctionMode):
     """Networks built inside do not fill their parameters, which a file's tensors will replace.
 
-    This saves the time, and the memory too: what nobody has written to takes none. Buffers have
-    their values, as those which a constructor computes may be in no file.
+    This saves time and memory: pages to which nobody has written take none. Buffers are filled,
+    since those which a constructor computes may be in no file.
     """
 
     FILLS = ("uniform_", "normal_", "kaiming_uniform_", "constant_", "zero_", "fill_")
@@ -768,8 +755,7 @@ def latest_checkpoint(run):
 def find_files(path, forms):
     """[description, weights]: the first of the pairs of names `forms` that `path` holds.
 
-    A single file is both. From the Hub only these files are downloaded, under huggingface_hub's
-    own settings (HF_HOME, ...).
+    A single file is both. From the Hub only these files are downloaded.
     """
     if str(path).startswith("hf://"):
         return download(str(path), forms)
@@ -782,9 +768,7 @@ def find_files(path, forms):
         files = [folder / name for name in names]
         if all(file.is_file() for file in files):
             return files
-    known = " nor ".join(map(" with ".join, forms))
-    raise UsageError(f"{path}: no weights there: neither {known}. On the Hub it would be "
-                     "hf://NAME or hf://USER/REPO")
+    raise UsageError(f"{path}: no weights there, none of {forms}; on the Hub it would be hf://...")
 
 
 def download(path, forms):
@@ -818,8 +802,7 @@ def read_weights(file):
     return torch.load(file, map_location="cpu", weights_only=True)
 
 
-# --------------------------------------------------------------------------------------------
-# The formats of others. In the tables of names, each pattern is replaced in turn
+# ---- The formats of others; in the tables of names, each pattern is replaced in turn -------------
 
 def our_name(name, table):
     """LightningDiT_0/blocks_0/Attention_0/TorchLinear_0/Dense_0/kernel -> blocks.0.qkv.weight"""
@@ -970,8 +953,7 @@ def stack_styles(state):
     return state
 
 
-# --------------------------------------------------------------------------------------------
-# What all scripts share: messages, processes, and files that are whole or not there
+# ---- What all scripts share: messages, processes, and files that are whole or not there ----------
 
 class UsageError(Exception):
     """A mistake of the user's, shown as one line. Every other exception keeps its traceback."""
@@ -1091,7 +1073,7 @@ def check_shared(folder):
 
 @contextlib.contextmanager
 def claim(folder):
-    """Hold a folder for this run alone, as two writers would mix. A run's death frees it too."""
+    """Lock a folder, since two runs would mix their files. The lock ends with the process."""
     check_shared(folder)
     if get_rank() == 0:
         lock = open(Path(folder) / ".lock", "w")

@@ -55,8 +55,7 @@ FASHION = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankl
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 30
 
 
-# --------------------------------------------------------------------------------------------
-# What training reads
+# ---- What training reads -------------------------------------------------------------------------
 
 class Dataset:
     """A prepared split: `images`, the memmap described above, `labels` [N], and `meta`, the json.
@@ -67,8 +66,7 @@ class Dataset:
     def __init__(self, folder, split="train"):
         path = Path(folder) / split
         if not (path / "meta.json").is_file():
-            raise UsageError(f"{path}: no prepared data there; make it with: python "
-                             f"prepare_data.py --data SOURCE --out {folder}")
+            raise UsageError(f"{path}: no prepared data there; prepare_data.py makes them")
         self.meta = json.loads((path / "meta.json").read_text())
         self.kind = self.meta["kind"]
         shape = tuple(self.meta["shape"])
@@ -144,9 +142,8 @@ def upload(array, device):
     return tensor.to(device, non_blocking=True)
 
 
-# --------------------------------------------------------------------------------------------
-# Where images come from. A source is a function that returns
-#     {split: [(class, item), ...]}, load      load(item) -> PIL image
+# ---- Where images come from ----------------------------------------------------------------------
+# A source is a function that returns {split: [(class, item), ...]}, load: load(item) -> PIL image.
 # Splits are train, val and test. A class is a name, a number, or (number, name). An item holds the
 # image's name and its size in bytes or checksum, which say whether prepared data are of a source.
 # A new data set is one function, most easily with from_arrays, and two lines in open_source.
@@ -205,15 +202,14 @@ def idx_files(path):
 def cifar(path):
     """CIFAR-10's binary archive: rows of a label and the pixels. (The python one is a pickle.)"""
     with tarfile.open(path) as archive:
-        def read(name):
-            return archive.extractfile(f"cifar-10-batches-bin/{name}").read()
-
-        splits = {}
-        for split, parts in {"train": [f"data_batch_{i}.bin" for i in range(1, 6)],
-                             "test": ["test_batch.bin"]}.items():
-            rows = np.frombuffer(b"".join(map(read, parts)), np.uint8).reshape(-1, 3073)
-            splits[split] = (rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0])
-        return from_arrays(splits, read("batches.meta.txt").decode().split())
+        files = {Path(member.name).name: archive.extractfile(member).read()
+                 for member in archive if member.isfile()}
+    splits = {}
+    for split, prefix in (("train", "data_batch"), ("test", "test_batch")):
+        parts = [files[name] for name in sorted(files) if name.startswith(prefix)]
+        rows = np.frombuffer(b"".join(parts), np.uint8).reshape(-1, 3073)
+        splits[split] = (rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0])
+    return from_arrays(splits, files["batches.meta.txt"].decode().split())
 
 
 def class_folders(path):
@@ -285,8 +281,7 @@ def by_folder(names, path, prefix):
     # Tiny ImageNet's train/CLASS/images/*.jpg can be meant in one way only.
     below = {tuple(parents[1:]) for parents in folders}
     if not all(folders) or len(below) > 1 or (below != {()} and not prefix):
-        raise UsageError(f"{path}: which folders are the classes? Give, or zip, the folder that "
-                         "holds the classes, which hold images and no folders")
+        raise UsageError(f"{path}: give the folder of the classes, which hold images, no folders")
     return [parents[0] for parents in folders]
 
 
@@ -301,8 +296,7 @@ def natural(name):
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], str(name)
 
 
-# --------------------------------------------------------------------------------------------
-# One image
+# ---- One image -----------------------------------------------------------------------------------
 
 def open_image(data):
     """Encoded image -> upright RGB image of PIL; what is transparent shows white."""
@@ -364,8 +358,8 @@ def crop_resize(x, boxes, flips):
     return F.grid_sample(x, grid, "bicubic", "border", align_corners=False).clamp(-1, 1)
 
 
-# --------------------------------------------------------------------------------------------
-# Writing, by any number of processes. A split that is not whole yet is the folder OUT/SPLIT.tmp:
+# ---- Writing, by any number of processes ---------------------------------------------------------
+# A split that is not whole yet is the folder OUT/SPLIT.tmp:
 #     images.bin    from the start a place for each image
 #     done          for each block of images 0, or its checksum once it is written and synced
 
@@ -439,8 +433,7 @@ def write_split(folder, meta, items, labels, load, size, encode, skip_broken):
     if folder.exists():
         before = json.loads((folder / "meta.json").read_text())
         if before.get("source", meta["source"]) != meta["source"]:  # older data have none
-            raise UsageError(f"{folder} was made of other images or options: remove it, or choose "
-                             "another folder (--out of prepare_data.py)")
+            raise UsageError(f"{folder} was made of other images or options: choose another --out")
         return
 
     partial = folder.with_suffix(".tmp")
@@ -473,8 +466,7 @@ def write_split(folder, meta, items, labels, load, size, encode, skip_broken):
         if broken:
             note("broken images:\n" + "\n".join(broken.values()))
             if not skip_broken:
-                raise UsageError(f"{len(broken)} broken images, named above: mend them, or give "
-                                 "--skip_broken; all others are kept for the next start")
+                raise UsageError("mend these, or give --skip_broken; all others are kept")
         if get_rank() == 0:
             finish(partial, meta, items, labels, list(broken))
             partial.rename(folder)

@@ -7,8 +7,8 @@
     torchrun --nproc_per_node 8 sample.py --ckpt hf://pixel_L_sota --num_images 50000 --out x.npz
 
 Several --cfg_scale give a labelled row of the grid each. Image i is of class
-classes[i % len(classes)] and depends on (seed, i) alone, not on processes; another --batch_size
-rounds otherwise, see `generate`.
+classes[i % len(classes)] and depends on (seed, i) alone, not on the number of processes; another
+--batch_size changes the rounding, see `generate`.
 """
 import argparse
 import math
@@ -96,7 +96,7 @@ def save_grid(images, columns, path, names=()):
 
 
 def own_batches(count, size):
-    """The slices of 0 to count - 1 that this process makes; another size rounds otherwise.
+    """The slices of 0 to count - 1 that this process makes.
 
     Processes share out whole batches, so that their number does not change a bit.
     """
@@ -105,8 +105,7 @@ def own_batches(count, size):
         yield slice(start, start + size)
 
 
-# --------------------------------------------------------------------------------------------
-# The command
+# ---- The command ---------------------------------------------------------------------------------
 
 def add_sampling_options(parser, required):
     """What draws from a generator, here and in fid.py. required: whether --ckpt is."""
@@ -144,8 +143,7 @@ def class_numbers(words, names):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormat,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormat)
     add_sampling_options(parser, required=True)
     add = parser.add_argument
     add("--classes", nargs="+", help="names or numbers (None: all; of a grid 10)")

@@ -1,7 +1,7 @@
 """Train an encoder (ResNet-MAE, A.3) and a generator (drifting, A.8-A.9): two stages, one loop.
 
     python train.py --preset digits                            # data, encoder, generator: minutes
-    python train.py --preset small --data my.zip --size 32     # the same of your images
+    python train.py --preset small --data my.zip --size 32     # the same for your images
     torchrun --nproc_per_node 8 train.py --preset cifar10      # the same on several processes
     python train.py --preset digits --gen 32 --out runs/wide   # a preset, changed
 
@@ -137,13 +137,13 @@ def build_parser():
     add("data", None, "prepared data, or a source as of prepare_data.py, prepared in data/NAME")
     add("size", None, "side to which a source is prepared (None: as it is)", type=int)
     add("out", None, "run folder (None: runs/PRESET; of small runs/NAME)")
-    add("seed", 0, "with the step, all that randomness depends on")
+    add("seed", 0, "seed of all random numbers")
     add("device", "cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
     add("bf16", None, "networks compute in bfloat16 (None: on a GPU); weights, statistics and loss "
         "stay float32", action=argparse.BooleanOptionalAction)
     add("compile", False, "torch.compile the networks")
-    add("micro_batches", 1, "parts of a process's share of a step: less memory, the same result")
-    add("init_from", None, "weights to start from; a class's rows go by its name")
+    add("micro_batches", 1, "parts into which a process splits its batch: less memory, same result")
+    add("init_from", None, "weights to start from, of the same sizes")
     add("log_every", 10, "steps between lines of log.jsonl")
     add("sample_every", 1000, "steps between pictures")
     add("save_every", 1000, "steps between checkpoints")
@@ -169,11 +169,11 @@ def build_parser():
     add("input_patch_size", 1, "side of patches into which pixels are folded first (of 256: 8)")
     add("batch_size", 8192, "images a step, of all processes")
     add("to_latents", False, "encode crops of pixels by --vae first")
-    add("cls_steps", 0, "last steps, which train a classifier too")
+    add("cls_steps", 0, "final steps that also train a classifier")
 
     add = functools.partial(add_option, parser.add_argument_group("stage generator (A.8)"))
-    add("encoder", [], "whose features samples drift in, one or several: a run, checkpoint, "
-        "artifact, hf://..., or a preset (then its run, trained to its end first)")
+    add("encoder", [], "one or several, in whose features samples drift: a run, checkpoint, "
+        "artifact, hf://..., or a preset, which is trained first")
     add("encoder_size", None, "side to which ConvNeXt-V2 or DINOv2 resizes images", type=int)
     add("model", "B", "size of the generator", choices=model.GENERATOR_SIZES)
     add("patch_size", 2, "side of a generator's token")
@@ -236,11 +236,11 @@ def name_of(data):
     return Path(data).resolve().name.split(".")[0]
 
 
-# --------------------------------------------------------------------------------------------
-# The two stages. Each has a network; `batch(step)`, this process's part of the step's global
-# batch; `backward(batch, step, log)`, which leaves in the network the gradient of the mean loss
-# over that part and returns figures for the log, more of them if `log`; and `preview(ema)`, uint8
-# images, the number of columns and their names.
+# ---- The two stages ------------------------------------------------------------------------------
+# Each has a network; `batch(step)`, this process's part of the step's global batch;
+# `backward(batch, step, log)`, which leaves in the network the gradient of the mean loss over that
+# part and returns figures for the log, more of them if `log`; and `preview(ema)`, uint8 images,
+# the number of columns and their names.
 
 class EncoderStage:
     """Masked autoencoding (A.3): half of the patches are hidden, and guessed from the others."""
@@ -257,7 +257,6 @@ class EncoderStage:
         self.grid = side // args.input_patch_size // self.net.patch_size
         self.vae = open_vae(args, data) if through_vae else None
         self.encoders = []
-        self.mirrored = latents  # by choosing one of the stored views
 
     def batch(self, step, most=None):
         """Images or latents, labels and masks of this process, or of the first `most` of them."""
@@ -268,7 +267,7 @@ class EncoderStage:
         rngs = [np.random.default_rng([args.seed, step, slot]) for slot in slots]
         seeds = np.array([rng.integers(1 << 63) for rng in rngs])  # of the latents' noise
         masks = np.stack([rng.random((self.grid, self.grid)) < 0.5 for rng in rngs])
-        x = self.data.batch(ids, seeds, self.mirrored, args.device)
+        x = self.data.batch(ids, seeds, self.data.kind == "latents", args.device)
         if args.crop_scale < 1:
             x = crop(x, args.crop_scale, rngs, mirror=True)
         if self.vae:
@@ -321,14 +320,14 @@ class GeneratorStage:
         self.net.checkpoint_blocks = args.checkpoint_blocks
         self.vae = open_vae(args, data) if latents else None
         self.encoders = [open_encoder(name, args) for name in args.encoder]
-        # Encoders of pixels see what latents decode to, and gradients pass the decoder (sec. 4).
+        # Encoders of pixels see decoded latents; gradients flow back through the decoder (sec. 4).
         self.decoded = latents and any(e.in_channels == 3 for e in self.encoders)
         self.queue = None
-        # A second batch of samples, without gradients, by which a field other than drifting
-        # repels. It costs a forward pass of the generator and of the encoders, and its features.
+        # Fields other than drifting repel samples by a second, independent batch of them. It has
+        # no gradients, but costs a forward pass of the generator and of the encoders.
         self.second = args.field != "drifting"
-        # Reals that are few and never change pass the encoders once: 1.3 times the steps a second.
-        # They must be few, as their features take a hundred times their bytes and more.
+        # Few real images that never change pass the encoders once: 1.3 times the steps a second.
+        # They must be few, since their features take a hundred times their bytes and more.
         self.kept = None
         changing = latents or args.flip or args.crop_scale < 1
         if not changing and data.images.nbytes < 1 << 17:
@@ -384,15 +383,14 @@ class GeneratorStage:
         seed = self.args.seed
         if self.queue is None or self.pushed > step + 1:  # queues start full
             self.queue = drift.SampleQueue(data.num_classes)
-            self.push(np.random.default_rng([seed, 1 << 32]).permutation(len(data)))
+            ids = np.random.default_rng([seed, 1 << 32]).permutation(len(data))
+            self.queue.push(ids, data.labels[ids])
             self.pushed = 0
         while self.pushed <= step:
-            self.push(data.fresh(self.pushed * fresh, fresh, seed))
+            ids = data.fresh(self.pushed * fresh, fresh, seed)
+            self.queue.push(ids, data.labels[ids])
             self.pushed += 1
         return self.queue
-
-    def push(self, ids):
-        self.queue.push(ids, self.data.labels[ids])
 
     def generate(self, batch, first=0):
         """Samples [labels, G, c, h, w] of each label's noise and styles from number `first` on.
@@ -475,31 +473,30 @@ class GeneratorStage:
         with torch.no_grad():
             samples = [(self.generate(part), self.generate_second(part)) for part in parts]
 
-        # 2. One kind of sum after the other, over the parts and then over the processes. `totals`
-        #    are sums that are complete, `own` those of this process's parts so far.
-        totals = {}
-        own = {}
+        # 2. One kind of sum after the other, over the parts and then over the processes.
+        global_sums = {}
+        local_sums = {}  # of this process's parts so far
 
-        def total(feature, name, sums):
-            if (feature, name) in totals:
-                return totals[feature, name]
-            own[feature, name] = own.get((feature, name), 0) + sums
+        def reduce(feature, name, sums):
+            if (feature, name) in global_sums:
+                return global_sums[feature, name]
+            local_sums[feature, name] = local_sums.get((feature, name), 0) + sums
             return sums  # of this part alone: what `loss` makes of it is thrown away
 
         for kind in ("distance", "force"):
-            own.clear()
+            local_sums.clear()
             with torch.no_grad():
                 for (x, second), part in zip(samples, parts):
-                    self.loss(x, second, part, total)
-            for feature, name in own:
+                    self.loss(x, second, part, reduce)
+            for feature, name in local_sums:
                 if name == kind:
-                    totals[feature, kind] = all_reduce(own[feature, kind])
+                    global_sums[feature, kind] = all_reduce(local_sums[feature, kind])
 
         # 3. Part by part the gradient goes through the encoders to the samples, and from there
         #    through the generator, so that one network's activations are in memory at a time.
         infos_of_parts = []
         for (x, second), part in zip(samples, parts):
-            loss, infos = self.loss(x.requires_grad_(), second, part, total, energies)
+            loss, infos = self.loss(x.requires_grad_(), second, part, reduce, energies)
             (loss / len(parts)).backward()
             self.generate(part).backward(x.grad)
             infos_of_parts.append(infos)
@@ -586,7 +583,7 @@ def open_encoder(name, args):
     encoder = model.load_encoder(name)
     if args.encoder_size:
         encoder.image_size = args.encoder_size
-    # By this a resumed run knows it again, whatever the type in which it computes.
+    # By this a resumed run recognises it. Hashed here, before it is cast to bfloat16.
     weights = model.digest(encoder.state_dict())
     encoder.identity = f"{encoder._hub_mixin_config} {args.encoder_size} {weights}"
     if isinstance(encoder, model.MAE):
@@ -596,28 +593,24 @@ def open_encoder(name, args):
     return frozen(encoder, args)
 
 
-# --------------------------------------------------------------------------------------------
-# A run
+# ---- A run ---------------------------------------------------------------------------------------
 
 def main(argv=None):
     """Prepare the data, train the encoders that are presets, then train one stage. Returns args.
 
     An encoder that is a preset is a run of its own: it is trained here first, by a call of main
-    with its own options, so that it resumes and is looked at like any other run.
+    with its own options, so that it resumes, logs and draws pictures like any other run.
     """
     args = parse(argv)
     args.data = prepared(args)
     data = prepare_data.Dataset(args.data)
     if args.size not in (None, data.shape[1]):
-        raise UsageError(f"{args.data} holds images of side {data.shape[1]}, not --size "
-                         f"{args.size}: give their source")
+        raise UsageError(f"{args.data} has images of {data.shape[1]}: for --size give their source")
     if data.kind == "latents" and args.crop_scale < 1:
-        raise UsageError(f"{args.data} holds latents of whole images, but --crop_scale cuts "
-                         "before the VAE (A.3): give images")
+        raise UsageError("--crop_scale cuts images, before the VAE (A.3): give images, not latents")
     parts = world_size() * args.micro_batches
     if (args.labels if args.stage == "generator" else args.batch_size) % parts:
-        raise UsageError("--labels (of an encoder --batch_size) must be divisible by processes "
-                         f"times --micro_batches: {parts}")
+        raise UsageError(f"--labels or --batch_size is no multiple of {parts} (processes x parts)")
     if args.device != "cpu":
         torch.cuda.set_device(args.device)
 
@@ -688,7 +681,7 @@ class Run:
             self.net.compile()
         self.params = list(self.net.parameters())
         self.optimizers = make_optimizers(self.net, args)
-        # By these a resumed run knows its encoders again.
+        # By these a resumed run recognises its encoders.
         self.encoder_hashes = [encoder.identity for encoder in self.stage.encoders]
         self.start = 0
         if newest:
@@ -728,8 +721,8 @@ class Run:
 
 
 def read_state(folder, args, data):
-    """What a checkpoint holds for resuming. Other data are refused, other options are said."""
-    # Mapped, since of a run that has its steps only the few words are read.
+    """What a checkpoint holds for resuming. Other data are refused, changed options are told."""
+    # Mapped: of a finished run only a few numbers are read, and no tensors.
     state = torch.load(folder / "train_state.pt", "cpu", weights_only=True, mmap=True)
     if state["data"] != data.fingerprint():
         raise UsageError(f"{folder} was trained on other data: choose another --out (of a preset's "
@@ -762,27 +755,22 @@ def make_optimizers(net, args):
 def start_from(path, net):
     """Copy the weights of a checkpoint, whatever its source, into a network of the same sizes.
 
-    A class's rows go by its name; classes that the checkpoint does not know start anew.
+    What belongs to classes starts anew, unless the checkpoint has the same ones, or knows no names
+    and has as many, as published weights.
     """
     load = model.load_generator if isinstance(net, model.Generator) else model.load_encoder
     source = load(path)
     weights = source.state_dict()
-    own = net.state_dict()
-    theirs = source.origin.get("classes", [])  # published weights have none: then by number
-    classes = net.origin["classes"]
-    known = [c for c in classes if c in theirs]
-    for name in ("class_embed.weight", "fc.weight", "fc.bias"):
-        if name in own and (len(weights[name]) != len(own[name]) or theirs not in ([], classes)):
-            rows = own[name].clone()
-            for c in known:
-                rows[classes.index(c)] = weights[name][theirs.index(c)]
-            weights[name] = rows
-            note(f"{name}: {len(known)} of {len(classes)} classes are known by name, others anew")
+    theirs = source.origin.get("classes", net.origin["classes"])
+    if theirs != net.origin["classes"] or source.num_classes != net.num_classes:
+        note(f"{path} was trained on other classes, so that these start anew")
+        own = net.state_dict()
+        rows = own.keys() & {"class_embed.weight", "fc.weight", "fc.bias"}
+        weights |= {name: own[name] for name in rows}
     net.load_state_dict(weights)
 
 
-# --------------------------------------------------------------------------------------------
-# The loop
+# ---- The loop ------------------------------------------------------------------------------------
 
 def train(run):
     """Every step from run.start to the last one, in the order in which things happen."""
@@ -843,8 +831,7 @@ def train(run):
                 skipped += 1
                 note(f"step {done} skipped: its gradient is not finite")
                 if skipped == 10:
-                    raise UsageError(f"{args.out}: 10 steps in a row were not finite: lower --lr "
-                                     "or raise --warmup, and run the same command again")
+                    raise UsageError("10 steps in a row were not finite: try a lower --lr")
             run.net.zero_grad()
 
             # 4. Log, picture, evaluation, checkpoint. The evaluation comes before the checkpoint:
@@ -881,8 +868,7 @@ def train(run):
 def learning_rate(step, args):
     """Linear from 1e-6 in the first --warmup steps, and to zero in the last --cooldown of them.
 
-    The paper's runs have no cooldown: they are long, and averaged weights do the same for them. In
-    a run of minutes the samples would stay noisy.
+    The paper's runs have no cooldown: they are long, and averaged weights do the same for them.
     """
     rate = 1e-6 + (args.lr - 1e-6) * min(1, (step + 1) / max(1, args.warmup))
     if args.cooldown:
@@ -912,8 +898,7 @@ def signals_to_stop():
             signal.signal(number, handler)
 
 
-# --------------------------------------------------------------------------------------------
-# The log, and evaluation while training
+# ---- The log, and evaluation while training ------------------------------------------------------
 
 def write_log(args, row):
     """Append a line to log.jsonl. A resumed run writes the steps that it makes again once more."""

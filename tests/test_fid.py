@@ -223,7 +223,7 @@ def test_reference_files(tmp_path, eight_values, tool):
     path = tmp_path / f"{tool}.npz"
     np.savez(path, **arrays)
     if resize is None:  # mu and sigma can be either family's
-        with pytest.raises(UsageError, match="does not say how .* say --resize tf1"):
+        with pytest.raises(UsageError, match="say --resize tf1"):
             fid.open_reference(stand_in(), path)
     extractor = stand_in(None if resize else "half")
     reference = fid.open_reference(extractor, path)

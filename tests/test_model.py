@@ -318,7 +318,7 @@ def test_own_checkpoint_round_trip(tmp_path):
         assert torch.equal(net(*ARGUMENTS), generator(*ARGUMENTS))
     with pytest.raises(model.UsageError, match="kind mae, not generator"):
         model.load_generator(tmp_path / "mae")
-    with pytest.raises(model.UsageError, match="no weights there: .*hf://USER/REPO"):
+    with pytest.raises(model.UsageError, match="no weights there"):
         model.load_generator(tmp_path / "nothing")
 
 
