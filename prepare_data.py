@@ -327,6 +327,13 @@ def to_array(image, size=None):
     return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
 
 
+def crop(x, min_area, rngs, mirror=False):
+    """A random crop of each image at the image's size, half of them mirrored if that is wanted."""
+    boxes = [random_crop(x.shape[3], x.shape[2], min_area, rng) for rng in rngs]
+    flips = [mirror and rng.random() < 0.5 for rng in rngs]
+    return crop_resize(x, np.array(boxes), np.array(flips))
+
+
 def random_crop(width, height, min_area, rng):
     """A random part of an image: (left, top, right, bottom) in pixels, not rounded.
 

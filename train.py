@@ -269,7 +269,7 @@ class EncoderStage:
         masks = np.stack([rng.random((self.grid, self.grid)) < 0.5 for rng in rngs])
         x = self.data.batch(ids, seeds, self.data.kind == "latents", args.device)
         if args.crop_scale < 1:
-            x = crop(x, args.crop_scale, rngs, mirror=True)
+            x = prepare_data.crop(x, args.crop_scale, rngs, mirror=True)
         if self.vae:
             mean, std = self.vae.encode(x)
             noise = [torch.randn(mean.shape[1:], generator=stream(seed)) for seed in seeds]
@@ -366,7 +366,7 @@ class GeneratorStage:
             ids = np.concatenate([pos, source.draw_any(args.uncond, rng)])
             reals = self.data.batch(ids, rng, args.flip, args.device)
             if args.crop_scale < 1:
-                reals = crop(reals, args.crop_scale, [rng] * len(ids))
+                reals = prepare_data.crop(reals, args.crop_scale, [rng] * len(ids))
             rows.append({"alpha": upload(alpha, args.device)[0], "noise": noise, "styles": styles,
                          "reals": reals, "ids": upload(ids, args.device)})
         batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
@@ -549,13 +549,6 @@ def split(batch, parts):
 def stream(seed, device="cpu"):
     """Random numbers of their own for one image or label."""
     return torch.Generator(device).manual_seed(int(seed))
-
-
-def crop(x, min_area, rngs, mirror=False):
-    """A random crop of each image at the image's size, half of them mirrored if that is wanted."""
-    boxes = [prepare_data.random_crop(x.shape[3], x.shape[2], min_area, rng) for rng in rngs]
-    flips = [mirror and rng.random() < 0.5 for rng in rngs]
-    return prepare_data.crop_resize(x, np.array(boxes), np.array(flips))
 
 
 def autocast(args):
