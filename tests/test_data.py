@@ -2,7 +2,6 @@
 import gzip
 import io
 import json
-import shutil
 import struct
 import tarfile
 import zipfile
@@ -10,7 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps
 
 import model
 import prepare_data
@@ -64,15 +63,12 @@ def digits(tmp_path_factory):
 
 def test_embedded_digits(digits):
     splits = prepare_data.embedded_digits()
-    (train, train_labels), (test, test_labels) = splits["train"], splits["test"]
+    (train, train_labels), (test, _) = splits["train"], splits["test"]
     assert train.shape == (1442, 8, 8) and test.shape == (355, 8, 8)
     assert train.min() == 0 and train.max() == 255 and len(np.unique(train)) == 17
-    count = np.bincount(np.concatenate([train_labels, test_labels]))
-    assert count.tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
     assert not {x.tobytes() for x in test} & {x.tobytes() for x in train}
-    assert np.array_equal(digits.images[:, 0], train) and digits.kind == "pixels"
-    assert digits.shape == (1, 8, 8) and digits.num_classes == 10
-    assert digits.meta["classes"] == list("0123456789")
+    assert np.array_equal(digits.images[:, 0], train)
+    assert np.array_equal(digits.labels, train_labels)
 
 
 def test_draws(digits):
@@ -98,12 +94,6 @@ def test_fresh_ids_go_through_every_epoch_once(digits):
     assert not np.array_equal(row[:n], row[n:2 * n])
     assert np.array_equal(digits.fresh(2000, 1500, seed=3), row[2000:3500])
     assert np.array_equal(digits.fresh(0, 3 * n, seed=3), row[:3 * n])  # more than one epoch
-    assert not np.array_equal(digits.fresh(0, n, seed=4), row[:n])
-
-
-def test_a_split_that_is_not_there(digits, tmp_path):
-    with pytest.raises(model.UsageError, match="no prepared data there"):
-        prepare_data.Dataset(tmp_path, "test")
 
 
 # --------------------------------------------------------------------------------------------
@@ -116,7 +106,6 @@ def test_folder_and_zip_give_the_same_array(tmp_path, folder):
     assert np.array_equal(a.images, b.images) and np.array_equal(a.labels, b.labels)
     assert a.meta["classes"] == b.meta["classes"] == ["ant", "bee", "zebra"]
     assert a.meta["images_per_class"] == [2, 4, 3]
-    assert a.labels.tolist() == [0, 0, 1, 1, 1, 1, 2, 2, 2]
     pixels = np.asarray(Image.open(folder / "zebra/1.png"))
     assert np.array_equal(a.images[7].transpose(1, 2, 0), pixels)
 
@@ -161,34 +150,13 @@ def test_layouts(tmp_path, files, kind, capsys):
             prepare_data.open_source(source)
         return
     splits, _ = prepare_data.open_source(source)
-    found = {"said": right.get("said", "")}
+    said = right.get("said", "")
+    assert said in capsys.readouterr().err
+    found = {"said": said}
     for split, items in splits.items():
         classes = [label for label, _ in items]
         found[split] = " ".join(f"{c}{classes.count(c)}" for c in sorted(set(classes)))
-    assert right.get("said", "") in capsys.readouterr().err
-    assert found == {"said": "", **right}
-
-
-def test_links_are_followed(tmp_path, folder):
-    (folder / "cat").symlink_to(folder / "bee")
-    (folder / "ant/2.png").symlink_to(folder / "bee/0.png")
-    (folder / "ant/nothing.png").symlink_to("nowhere")
-    prepare_data.prepare(folder, tmp_path / "out", skip_broken=True)
-    meta = prepare_data.Dataset(tmp_path / "out").meta
-    assert dict(zip(meta["classes"], meta["images_per_class"])) == {
-        "ant": 3, "bee": 4, "cat": 4, "zebra": 3}
-    assert meta["skipped"] == ["ant/nothing.png"]
-
-
-def test_classes_are_in_natural_order_and_said(tmp_path, capsys):
-    for c in range(12):
-        (tmp_path / "src" / f"c{c}").mkdir(parents=True)
-        Image.new("L", (2, 2), c).save(tmp_path / "src" / f"c{c}" / "0.png")
-    prepare_data.prepare(tmp_path / "src", tmp_path / "out")
-    data = prepare_data.Dataset(tmp_path / "out")
-    assert data.images[:, 0, 0, 0].tolist() == data.labels.tolist() == list(range(12))
-    assert data.meta["classes"] == [f"c{c}" for c in range(12)]
-    assert "out/train: 12 images, by class 0 c0 (1), 1 c1 (1), 2 c2" in capsys.readouterr().err
+    assert found == {"said": said, **right}
 
 
 @pytest.mark.parametrize("split", ["", "train/"])
@@ -210,14 +178,6 @@ def test_dataset_json_has_the_labels(tmp_path, labelled, split):
         assert (data.images[:, 0, 0, 0] == data.labels).all()
     else:
         assert data.meta["classes"] == ["images"] and len(data) == 24
-
-
-def test_an_existing_path_goes_before_the_digits(tmp_path, folder, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert len(prepare_data.open_source("digits")[0]["train"]) == 1442
-    folder.rename("digits")
-    assert len(prepare_data.open_source("digits")[0]["train"]) == 9
-    assert len(prepare_data.open_source(prepare_data.DIGITS)[0]["train"]) == 1442
 
 
 @pytest.mark.parametrize("ending", ["", ".gz"])
@@ -261,23 +221,13 @@ def test_cifar(tmp_path):
     assert len(prepare_data.Dataset(tmp_path / "out", "test")) == 4
 
 
-def test_the_place_to_write_must_be_named():
-    assert prepare_data.parse([]).out == "data/digits"
-    with pytest.raises(SystemExit):
-        prepare_data.parse(["--data", "x.zip"])
-
-
-def test_what_is_no_source_is_said(tmp_path, folder):
-    (tmp_path / "cut.zip").write_bytes(b"PK\x03\x04 not whole")
-    for name in ("cut.zip", "nowhere"):
-        with pytest.raises(model.UsageError, match=f"{name}: no data there"):
-            prepare_data.prepare(tmp_path / name, tmp_path / "o")
-    picture((9, 9)).save(folder / "zebra" / "9.png")
-    with pytest.raises(model.UsageError, match="several sizes: give one --size"):
-        prepare_data.prepare(folder, tmp_path / "o")
-    picture((9, 8)).save(folder / "ant" / "0.png")
-    with pytest.raises(model.UsageError, match="square images: give --size"):
-        prepare_data.prepare(folder, tmp_path / "o")
+def test_images_of_several_sizes_need_a_size(tmp_path, folder, capsys):
+    for size in ((16, 16), (9, 8)):
+        picture(size).save(folder / "ant" / "0.png")
+        with pytest.raises(model.UsageError, match="--size"):
+            prepare_data.prepare(folder, tmp_path / "out")
+    prepare_data.prepare(folder, tmp_path / "out", size=12)
+    assert capsys.readouterr().err.count("are enlarged") == 1
 
 
 # --------------------------------------------------------------------------------------------
@@ -316,16 +266,6 @@ def test_colours_survive_every_mode():
             decode(encoded(Image.fromarray(grey.astype(dtype)), "TIFF"))
 
 
-def test_texts_and_profiles_of_a_png_do_not_matter():
-    image = picture((8, 8))
-    text = PngImagePlugin.PngInfo()
-    text.add_text("workflow", "x" * 2_000_000, zip=True)
-    text.add_itxt("prompt", "é" * 2_000_000, zip=True)
-    profile = np.random.default_rng(0).bytes(2_000_000)
-    data = encoded(image, pnginfo=text, icc_profile=profile)
-    assert np.array_equal(prepare_data.open_image(data), image)
-
-
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_is_heeded(orientation):
     image = picture((8, 6))
@@ -345,8 +285,6 @@ def test_random_crop_is_inside_and_of_the_sizes_asked_for():
     assert 0.2 <= area.min() < 0.21 and area.max() > 0.95
     assert 0.75 <= ratio.min() < 0.77 and 1.3 < ratio.max() <= 4 / 3 + 1e-9
     assert np.ptp(left) > 100 and np.ptp(top) > 100
-    left, top, right, bottom = prepare_data.random_crop(250, 20, 0.9, rng)  # too long for the ratio
-    assert 0 <= left < right <= 250 and 0 <= top < bottom <= 20
 
 
 def test_crop_resize():
@@ -367,53 +305,28 @@ def test_crop_resize():
 # --------------------------------------------------------------------------------------------
 # Broken images, other images, interruptions
 
-def test_a_broken_image_is_named_and_skipped_only_by_flag(tmp_path, folder, capsys):
-    whole = (folder / "ant/0.png").read_bytes()
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_a_broken_image_is_named_and_skipped_only_by_flag(tmp_path, folder, kind, capsys):
     for name in ("ant/0.png", "bee/2.png"):  # the very first, and one amidst
         (folder / name).write_bytes((folder / name).read_bytes()[:60])
+    source = folder if kind == "folder" else zipped(folder, tmp_path / "x.zip")
     with pytest.raises(model.UsageError, match="2 broken images.*--skip_broken"):
-        prepare_data.prepare(folder, tmp_path / "out")
-    said = capsys.readouterr().err
-    assert "src/ant/0.png: cannot be read (" in said and "src/bee/2.png: cannot be read (" in said
+        prepare_data.prepare(source, tmp_path / "out")
+    assert "bee/2.png: cannot be read (" in capsys.readouterr().err
     assert not (tmp_path / "out/train").exists()
-    shutil.copytree(tmp_path / "out", tmp_path / "mended")
 
-    prepare_data.prepare(folder, tmp_path / "out", skip_broken=True)
+    prepare_data.prepare(source, tmp_path / "out", skip_broken=True)
     data = prepare_data.Dataset(tmp_path / "out")
     assert data.count.tolist() == data.meta["images_per_class"] == [1, 3, 3]
     assert data.meta["skipped"] == ["ant/0.png", "bee/2.png"]
     good = [p for p in sorted(folder.rglob("*.png")) if p.stat().st_size > 60]
     assert np.array_equal(data.images, [decode(p.read_bytes()) for p in good])
 
-    (folder / "ant/0.png").write_bytes(whole)
-    prepare_data.prepare(folder, tmp_path / "mended", skip_broken=True)
-    assert prepare_data.Dataset(tmp_path / "mended").count.tolist() == [2, 3, 3]
-    for path in folder.rglob("*.png"):
-        path.write_bytes(b"not an image")
-    with pytest.raises(model.UsageError, match="no image can be read: .*src/ant/0.png"):
-        prepare_data.prepare(folder, tmp_path / "none", skip_broken=True)
-
-
-def test_a_broken_member_of_a_zip_is_named(tmp_path, folder):
-    path = zipped(folder, tmp_path / "x.zip")
-    data = bytearray(path.read_bytes())
-    data[data.index(b"zebra/1.png") + 60] ^= 255
-    path.write_bytes(data)
-    prepare_data.prepare(path, tmp_path / "out", skip_broken=True)
-    assert prepare_data.Dataset(tmp_path / "out").meta["skipped"] == ["zebra/1.png"]
-
 
 def test_a_bug_in_a_loader_shows_its_traceback(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(prepare_data, "open_image", lambda data: data.no_such_attribute)
     with pytest.raises(AttributeError, match="no_such_attribute"):
         prepare_data.prepare(folder, tmp_path / "out", skip_broken=True)
-
-
-def test_enlarged_images_are_said_once(tmp_path, folder, capsys):
-    prepare_data.prepare(folder, tmp_path / "out", size=8)
-    assert "are enlarged" not in capsys.readouterr().err
-    prepare_data.prepare(folder, tmp_path / "large", size=16)
-    assert capsys.readouterr().err.count("are enlarged") == 1
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
@@ -428,12 +341,10 @@ def test_prepared_data_of_other_images_are_not_taken(tmp_path, folder, kind, mon
     def stop(*args):
         raise KeyboardInterrupt
     prepare_data.prepare(source(), tmp_path / "out")
-    before = files_of(tmp_path / "out/train")
     with monkeypatch.context() as patch:
         patch.setattr(prepare_data, "finish", stop)
         with pytest.raises(KeyboardInterrupt):
             prepare_data.prepare(source(), tmp_path / "half")
-    prepare_data.prepare(shutil.copytree(folder, tmp_path / "copy"), tmp_path / "copied")
     with pytest.raises(model.UsageError, match="other images or options"):
         prepare_data.prepare(source(), tmp_path / "out", size=4)
 
@@ -444,7 +355,6 @@ def test_prepared_data_of_other_images_are_not_taken(tmp_path, folder, kind, mon
         (folder / "bee/1.bmp").write_bytes((folder / "bee/1.bmp").read_bytes() + b"longer")
     with pytest.raises(model.UsageError, match="other images or options"):
         prepare_data.prepare(source(), tmp_path / "out")
-    assert files_of(tmp_path / "out/train") == before
     prepare_data.prepare(source(), tmp_path / "half")  # what is not whole is made again
     prepare_data.prepare(source(), tmp_path / "at_once")
     assert files_of(tmp_path / "half/train") == files_of(tmp_path / "at_once/train")
@@ -478,22 +388,11 @@ def test_another_size_in_between_leaves_no_trace(tmp_path, monkeypatch):
     assert files_of(tmp_path / "out/train") == files_of(tmp_path / "right/train")
 
 
-def test_a_finished_split_is_left_and_data_of_before_open(tmp_path, folder):
+def test_a_finished_split_is_left(tmp_path, folder):
     prepare_data.prepare(folder, tmp_path / "out")
-    meta = json.loads((tmp_path / "out/train/meta.json").read_text())
-    del meta["source"]  # as an older version wrote it
-    (tmp_path / "out/train/meta.json").write_text(json.dumps(meta))
     before = files_of(tmp_path / "out/train")
-    with model.claim(tmp_path / "out"):  # nothing is written, so that nobody is in the way
-        prepare_data.prepare(folder, tmp_path / "out")
-        with pytest.raises(model.UsageError, match="another run writes to .*out"):
-            prepare_data.prepare(prepare_data.DIGITS, tmp_path / "out")
+    with model.claim(tmp_path / "out"), model.claim(tmp_path / "new"):
+        prepare_data.prepare(folder, tmp_path / "out")  # writes nothing: nobody is in the way
+        with pytest.raises(model.UsageError, match="another run writes to"):
+            prepare_data.prepare(folder, tmp_path / "new")
     assert files_of(tmp_path / "out/train") == before
-
-
-def test_enlarged_images_are_told(tmp_path, capsys):
-    for name, side in (("small", 6), ("large", 9)):
-        (tmp_path / name / "a").mkdir(parents=True)
-        picture((side, side)).save(tmp_path / name / "a" / "0.png")
-        prepare_data.prepare(tmp_path / name, tmp_path / f"{name}_out", size=8)
-        assert ("are enlarged" in capsys.readouterr().err) == (name == "small")
