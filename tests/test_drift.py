@@ -117,27 +117,13 @@ def test_computed_in_float32_under_bfloat16():
         inside = loss_and_grad(drift.drift_loss, *args)
     outside = loss_and_grad(drift.drift_loss, *args)
     assert torch.equal(inside[0], outside[0]) and torch.equal(inside[1], outside[1])
-    gen, pos, neg, weight = args
-    half = gen.bfloat16()
-    alpha = 1 + weight[:, 0]
-    for function, targets in [(drift.drift_loss, (pos, neg, weight)), (drift.drift_loss, (pos,)),
-                              (drift.sinkhorn_loss, (gen.flip(0), pos, neg, alpha))]:
+    half, pos, neg, weight = args[0].bfloat16(), *args[1:]
+    for function, targets in [
+            (drift.drift_loss, (pos, neg, weight)),
+            (drift.sinkhorn_loss, (half.flip(0), pos, neg, 1 + weight[:, 0]))]:
         loss, grad, _ = loss_and_grad(function, half, *targets)
         assert loss.dtype == torch.float32 and grad.dtype == torch.bfloat16
         assert torch.equal(loss, loss_and_grad(function, half.float(), *targets)[0])
-
-
-def test_units_of_the_features_do_not_matter():
-    gen, pos, neg, weight = random_case()
-    cases = [(drift.drift_loss, (gen, pos, neg), weight),
-             (drift.sinkhorn_loss, (gen, gen.flip(0), pos, neg), 1 + weight[:, 0])]
-    for function, samples, weights in cases:
-        loss, grad, info = loss_and_grad(function, *samples, weights)
-        larger = loss_and_grad(function, *(1024 * x for x in samples), weights)
-        assert relative_error(larger[0], loss) < 2e-6
-        assert relative_error(1024 * larger[1], grad) < 1e-5
-        for name in info.keys() - {"scale"}:
-            assert larger[2][name].item() == pytest.approx(info[name].item(), rel=1e-5)
 
 
 def test_nothing_moves_when_the_distributions_match():
@@ -186,58 +172,6 @@ def test_attraction_and_repulsion_are_multipliers_of_their_terms():
                     expected[b, i] += c * (targets[b, j] - gen[b, i]) / step
         expected /= expected.square().mean().sqrt()
         assert relative_error(force, expected) < 1e-9, kernel
-    with pytest.raises(AssertionError, match="cosine"):
-        drift.drift_loss(gen, pos, kernel="cosine")
-
-
-@pytest.mark.parametrize("function", [drift.drift_loss, drift.sinkhorn_loss])
-def test_pieces_with_shared_sums_equal_the_whole(function):
-    """`reduce` adds up the sums of all pieces, as an all-reduce does: they train what one does."""
-    gen, pos, neg, weight = random_case(B=8)
-    args = (gen, pos, neg, weight)
-    if function is drift.sinkhorn_loss:
-        args = (gen, gen.flip(0), pos, neg, 1 + weight[:, 0])
-    whole, whole_grad, _ = loss_and_grad(function, *args)
-
-    def pieces(share):
-        """First all pieces' distances are added up, then, with these, all pieces' forces."""
-        totals = {}
-        for which in ("distance", "force", None):
-            partial = {}
-
-            def reduce(name, sums):
-                assert sums.dtype == torch.float64
-                if name in totals:
-                    return totals[name]
-                partial[name] = partial.get(name, 0) + sums
-                return sums
-
-            results = [loss_and_grad(function, *part, reduce=reduce)
-                       for part in zip(*(a.split([2, 5, 1]) for a in args))]
-            if share and which:
-                totals[which] = partial[which]
-        # A piece's gradient is of the mean over the piece; wanted is the mean over all.
-        grads = [grad * len(grad) / 8 for _, grad, _ in results]
-        return torch.cat([loss for loss, _, _ in results]), torch.cat(grads)
-
-    loss, grad = pieces(share=True)
-    assert relative_error(loss, whole) < 1e-6 and relative_error(grad, whole_grad) < 1e-5
-    _, local_grad = pieces(share=False)
-    assert relative_error(local_grad, whole_grad) > 1e-2  # what plain data parallelism would train
-
-
-def test_no_graph_over_the_pairs():
-    gen, pos, neg, weight = random_case(G=64, P=64, U=16, C=4)
-    saved = []
-
-    def record(tensor):
-        saved.append(tensor.shape)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-        drift.drift_loss(gen.requires_grad_(), pos, neg, weight)[0].mean().backward()
-    # The difference of samples and targets, its norms twice, and the unit.
-    assert sum(shape.numel() for shape in saved) < 2 * gen.numel()
 
 
 @pytest.mark.parametrize("field, options", [("drifting", {}), ("sinkhorn", {"iterations": 2})])
@@ -342,25 +276,15 @@ def energy_by_loops(x, y):
 
 
 def test_energy_distance_by_loops(monkeypatch):
-    """Also in chunks, of bfloat16 features, and as a sum over parts of a batch."""
+    """Also in chunks, and as a sum over parts of a batch."""
     gen, pos, _, _ = random_case(B=5, G=4, P=6)
     pairs = np.array([energy_by_loops(x, y) for x, y in zip(gen.numpy(), pos.numpy())])
     expected = pairs[:, 0].sum() / pairs[:, 1].sum()
     assert drift.energy_distance(gen, pos).item() == pytest.approx(expected, rel=1e-5)
-    assert drift.energy_distance(gen.bfloat16(), pos).item() == pytest.approx(expected, rel=0.02)
     parts = drift.energy_sums(gen[:2], pos[:2]) + drift.energy_sums(gen[2:], pos[2:])
     assert (parts[0] / parts[1]).item() == pytest.approx(expected, rel=1e-5)
     monkeypatch.setitem(drift.CHUNK_BYTES, "cpu", 100)  # an entry a chunk
     assert drift.energy_distance(gen, pos).item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_energy_distance_is_zero_where_the_distributions_match():
-    g = torch.Generator().manual_seed(0)
-    gen, pos = (torch.randn(200, 16, 8, generator=g) for _ in range(2))
-    assert abs(drift.energy_distance(gen, pos)) < 0.01
-    assert drift.energy_distance(gen + 1, pos) > 0.2
-    assert drift.energy_distance(gen[:, :1], pos[:, :1]) == 2  # one sample has no pairs
-    assert not drift.energy_distance(gen.requires_grad_(), pos).requires_grad
 
 
 @pytest.mark.parametrize("experiment, field", [
