@@ -104,8 +104,6 @@ def test_features_do_not_depend_on_the_batch_and_grey_is_repeated(net, seen):
     fid.inception_features(net, images[:1, :1])
     fid.inception_features(net, images[:1, :1].repeat(1, 3, 1, 1))
     assert torch.equal(seen[-1][0], seen[-2][0])
-    with pytest.raises(AssertionError, match="float32"):
-        fid.inception_features(net, images.float())
 
 
 def test_weights_are_strict_and_never_unpickled(net, expected, weights, tmp_path):
@@ -128,20 +126,18 @@ def test_weights_are_strict_and_never_unpickled(net, expected, weights, tmp_path
         fid.load_inception(tmp_path / "torchvision.pth")
 
 
-def test_download_is_hashed_and_kept(net, weights, tmp_path, monkeypatch, capsys):
-    """From a file:// address: refused with another hash than its name's, fetched once."""
+def test_download_is_hashed(net, weights, tmp_path, monkeypatch, capsys):
+    """From a file:// address: refused with another hash than its name's."""
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
     right = hashlib.sha256(weights.read_bytes()).hexdigest()[:8]
-    for name in ("00000000", right):
+    for name in (right, "00000000"):
         source = tmp_path / f"net-{name}.pth"
         shutil.copy(weights, source)
         monkeypatch.setattr(fid, "INCEPTION_URL", source.as_uri())
-        if name != right:
-            with pytest.raises(RuntimeError, match="invalid hash"):
-                fid.load_inception()
-    fid.load_inception()
-    source.unlink()
-    assert torch.equal(fid.load_inception().fc, net.fc)
+        if name == right:
+            assert torch.equal(fid.load_inception().fc, net.fc)
+    with pytest.raises(RuntimeError, match="invalid hash"):
+        fid.load_inception()
     assert capsys.readouterr().out == ""  # where results alone belong
 
 
@@ -223,23 +219,21 @@ def test_reference_files(tmp_path, eight_values, tool):
     path = tmp_path / f"{tool}.npz"
     np.savez(path, **arrays)
     if resize is None:  # mu and sigma can be either family's
-        with pytest.raises(UsageError, match="does not say how .* say --resize tf1"):
+        with pytest.raises(UsageError, match="does not say how"):
             fid.open_reference(stand_in(), path)
     extractor = stand_in(None if resize else "half")
     reference = fid.open_reference(extractor, path)
     assert extractor.resize == (resize or "half")
     assert np.array_equal(reference["mu"], MU) and np.array_equal(reference["sigma"], SIGMA)
     assert ("real" in reference) == (tool in ("adm", "ours"))
-    assert reference["ref"] == path.name
+    others = [stand_in("none", "encoder-0")]
     if resize:
-        other = {"tf1": "half", "half": "tf1"}[resize]
-        with pytest.raises(UsageError, match=f"resize {resize}; this run .* resize {other}"):
-            fid.open_reference(stand_in(other), path)
-    with pytest.raises(UsageError, match="made with features inception.* encoder-0"):
-        fid.open_reference(stand_in("none", "encoder-0"), path)
+        others.append(stand_in({"tf1": "half", "half": "tf1"}[resize]))
     if tool == "ours":  # of other weights
-        with pytest.raises(UsageError, match="features inception-0.* inception-1"):
-            fid.open_reference(stand_in("half", "inception-1"), path)
+        others.append(stand_in("half", "inception-1"))
+    for other in others:
+        with pytest.raises(UsageError, match="was made with features inception"):
+            fid.open_reference(other, path)
 
 
 @pytest.fixture
@@ -274,16 +268,7 @@ def test_references_of_the_web(web, tmp_path, monkeypatch):
         file.unlink(missing_ok=True)
     with pytest.raises(UsageError, match="resize tf1; this run has .* resize half"):
         fid.open_reference(stand_in("half"), "jit256")
-    extractor = stand_in()
-    reference = fid.open_reference(extractor, f"{web}/b/stats.npz")
-    assert extractor.resize == "half" and reference["mu"][0] == 1
-    with pytest.raises(UsageError, match="--ref meanflow255: no such file, nor one of meanflow256"):
-        fid.open_reference(stand_in(), "meanflow255")
-
-    monkeypatch.chdir(tmp_path)  # an existing path goes before a name
-    np.savez("jit256", ref_mu=MU + 2, ref_sigma=SIGMA)
-    os.rename("jit256.npz", "jit256")
-    assert fid.open_reference(stand_in(), "jit256")["mu"][0] == 2
+    assert fid.open_reference(stand_in(), f"{web}/b/stats.npz")["mu"][0] == 1
 
 
 def test_references_of_the_hub(run, tmp_path):
@@ -320,15 +305,6 @@ def test_images_from_everywhere(tmp_path):
         count, read = fid.open_images(tmp_path / source)
         rows = read(range(count)).permute(0, 2, 3, 1).numpy()
         assert sorted(map(bytes, rows)) == sorted(map(bytes, IMAGES))
-
-
-def test_of_splits_train_is_taken(tmp_path, capsys):
-    for i, name in enumerate(("Training/b", "Training/a", "testing/a", "testing/b")):
-        (tmp_path / name).mkdir(parents=True)
-        Image.fromarray(np.full((4, 4, 3), i, np.uint8)).save(tmp_path / name / "0.png")
-    count, read = fid.open_images(tmp_path)
-    assert count == 2 and read([0, 1])[:, 0, 0, 0].tolist() == [1, 0]
-    assert "2 images of train" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("array", [
@@ -377,9 +353,8 @@ def command(run, monkeypatch, capsys):
 
 @pytest.mark.parametrize("features, ratio", [("encoder:enc", 0.8), ("pixels", 0.2)])
 def test_itself_other_images_and_noise(command, features, ratio):
-    """FD is 0 of a set against itself, less of images of the kind than of noise; never a FID."""
+    """FD is 0 of a set against itself, less of images of the kind than of noise."""
     command(f"ref --data one.npz --features {features} --out new/one_stats.npz")
-    assert "181 images" in command.stdout
     rows = {}
     for name in ("one", "other", "noise"):
         line = f"eval --images {name}.npz --ref new/one_stats.npz --features {features}"
@@ -414,7 +389,7 @@ def test_sweep(command):
     assert row.pop("fd") == pytest.approx(rows[1].pop("fd"), rel=1e-6) and row == rows[1]
 
 
-def test_where_precision_and_recall_come_from(command, run, monkeypatch):
+def test_where_precision_and_recall_come_from(command, run):
     """Features in our own file, images in ADM's, or --data beside it; else there are none."""
     command("ref --data one.npz --features pixels --out own.npz")
     own = dict(np.load(run / "own.npz"))
@@ -430,25 +405,15 @@ def test_where_precision_and_recall_come_from(command, run, monkeypatch):
     assert len({(row["precision"], row["recall"]) for row in rows.values()}) == 1
     assert 0.5 < rows["own.npz"]["recall"] < 1
 
-    # No more than these, and of all classes.
-    monkeypatch.setattr(fid, "REAL_FOR_PRECISION", 20)
-    real = fid.open_reference(fid.Extractor("pixels"), data=run / "digits")["real"]
-    chosen = prepare_data.Dataset(run / "digits").images[[i * 1442 // 20 for i in range(20)]]
-    assert torch.equal(real, torch.from_numpy(chosen).flatten(1) / 127.5 - 1)
-
 
 def test_inception_scores(command, run, weights, monkeypatch):
     """The whole path, but that the network's features are pixels: an image would cost 0.3 s."""
     monkeypatch.setattr(fid.Inception, "__call__", lambda net, x: x.flatten(1)[:, ::130][:, :2048])
     np.savez(run / "real.npz", arr_0=IMAGES)
     command(f"ref --data real.npz --out stats.npz --resize half --inception {weights}")
-    before = torch.get_rng_state(), np.random.get_state()[1].copy()
     [row] = command(f"eval --ckpt gen --num_images 10 --inception {weights} --ref stats.npz")
-    assert torch.equal(before[0], torch.get_rng_state())
-    assert (before[1] == np.random.get_state()[1]).all()
     assert row["fid"] > 0 and row["is"] >= 1 and 0 <= row["recall"] <= 1
-    assert row["resize"] == "half" and row["ref"] == "stats.npz"  # as the reference says itself
-    assert "fewer than the features" in command.stderr
+    assert row["resize"] == "half"  # as the reference says itself
 
 
 def test_fd_dinov2(command, run):
@@ -467,44 +432,31 @@ def test_fd_dinov2(command, run):
     fake, real = cls.double().numpy().reshape(2, 9, -1)
     wanted = fid.frechet_distance(fake.mean(0), np.cov(fake.T), real.mean(0), np.cov(real.T))
     assert row["fd_dinov2"] == pytest.approx(wanted, rel=1e-4)
-    assert row["features"].startswith("dinov2-") and not {"fid", "fd"} & row.keys()
-    with pytest.raises(UsageError, match="made with features dinov2-.* this run has .*pixels"):
-        command("eval --images fake_rgb.npz --ref dinov2.npz --features pixels")
 
 
 def test_several_processes(command, run, tmp_path):
-    """Two: the rows' order, and the figures of one process, to the bit."""
+    """The figures of one process, to the bit; also with fewer batches than processes."""
     command("ref --data one.npz --features encoder:enc --out two.npz")
     lines = ["eval --ckpt gen --data other.npz --num_images 31 --cfg_scale 1 2",
-             "eval --images noise.npz --ref two.npz --num_images 31"]
+             "eval --images noise.npz --ref two.npz --num_images 31",
+             "eval --images noise.npz --ref two.npz --num_images 5"]
     lines = [line + " --features encoder:enc --batch_size 5" for line in lines]
-    counts = (1, 2, 5)  # fewer batches than processes, as many, more
     script = tmp_path / "script.py"
     script.write_text(f"""if True:
         import sys
         sys.path.insert(0, {str(ROOT)!r})
-        import torch, fid, model
-
-        def read(indices):
-            return torch.tensor(list(indices))[:, None, None, None].expand(-1, 1, 2, 2)
+        import fid, model
 
         def main():
             for line in {lines}:
                 fid.main(line.split())
-            pixels = fid.Extractor("pixels")
-            for count in {counts}:
-                rows = fid.gather_features(read, [10 * i for i in range(count)], pixels, 2)
-                print("rows", ((rows + 1) * 127.5).round().tolist())
         model.run_script(main)""")
     processes = ranks(2, script, cwd=run)
     said = [process.communicate(timeout=100)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     two = [json.loads(text) for text in said[0].splitlines() if text.startswith("{")]
-    assert two == [row for line in lines for row in command(line)] and len(two) == 3
+    assert two == [row for line in lines for row in command(line)] and len(two) == 4
     assert "{" not in said[1]
-    for text in said:
-        rows = [[[10.0 * i] * 4 for i in range(count)] for count in counts]
-        assert [x for x in text.splitlines() if x.startswith("rows")] == [f"rows {x}" for x in rows]
 
 
 def test_generated_images_are_those_of_the_protocol(run):
@@ -542,24 +494,6 @@ def test_neighbours_figures_by_hand(run, command):
     assert said["distance"] == f"distance to the training images {ratio:.3f} of the held-out images'"
 
     picture = np.asarray(Image.open(run / "n.png"))
-    assert picture.shape == (20 * 82 - 2, 9 * 82 - 2, 3)
     nearest = train.images[((flat(samples)[5] - real) ** 2).sum(1).argmin()]
-    for image, left in ((samples[5], 0), (nearest, 82)):  # row 5: the sample, the nearest
-        tile = Image.fromarray(np.asarray(image[0])).resize((80, 80), Image.Resampling.BICUBIC)
-        assert np.array_equal(picture[5 * 82:5 * 82 + 80, left:left + 80, 0], np.asarray(tile))
-
-
-def test_other_channels_are_told(command, run, capsys):
-    """sample.py's grey PNGs come back as RGB, where grey data have one channel."""
-    sample.main(["--ckpt", str(run / "gen"), "--num_images", "20", "--out", str(run / "pngs")])
-    command("ref --data digits --features pixels --out channels.npz")
-    for ref in ("--data digits", "--ref channels.npz"):
-        with pytest.raises(RuntimeError):  # torch's
-            command(f"eval --images pngs {ref} --features pixels")
-        assert "[3 8 8] here, [1 8 8] in the reference" in capsys.readouterr().err
-
-
-def test_json_lines_are_json():
-    row = fid.json_line({"fd": float("nan"), "is": float("-inf"), "n": 3, "ref": "x"})
-    assert json.loads(row, parse_constant=pytest.fail) == {"fd": None, "is": None, "n": 3,
-                                                           "ref": "x"}
+    tile = Image.fromarray(nearest[0]).resize((80, 80), Image.Resampling.BICUBIC)
+    assert np.array_equal(picture[5 * 82:5 * 82 + 80, 82:162, 0], np.asarray(tile))
