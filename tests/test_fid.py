@@ -491,7 +491,7 @@ def test_neighbours_figures_by_hand(run, command):
         assert said[name].endswith(f"the same class {same.mean():6.1%} (worst class {worst:.1%}), "
                                    f"at distance {distances[-1]:.3f}")
     ratio = distances[0] / distances[1]
-    assert said["distance"] == f"distance to the training images {ratio:.3f} of the held-out images'"
+    assert f"training images {ratio:.3f} of the held-out images'" in said["distance"]
 
     picture = np.asarray(Image.open(run / "n.png"))
     nearest = train.images[((flat(samples)[5] - real) ** 2).sum(1).argmin()]

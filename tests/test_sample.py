@@ -92,8 +92,9 @@ def test_labels_may_be_any_numbers(folder, monkeypatch):
         seen.append(labels)
         return labels[:, None] * self.class_embed.weight[0]
     monkeypatch.setattr(model.Generator, "embed_label", embed_label)
-    images = sample.generate(model.load_generator(folder), [0.5, 0.75, 1.0], [0, 0, 0], batch_size=2)
-    assert torch.cat(seen).tolist() == [0.5, 0.75, 1.0] and images[0].ne(images[1]).any()
+    labels = [0.5, 0.75, 1.0]
+    images = sample.generate(model.load_generator(folder), labels, [0, 0, 0], batch_size=2)
+    assert torch.cat(seen).tolist() == labels and images[0].ne(images[1]).any()
 
 
 def test_uint8_is_floor():
