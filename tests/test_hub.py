@@ -110,18 +110,6 @@ def test_networks_of_others_with_or_without_safetensors(hub, tmp_path, safetenso
     assert fetched == (set() if safetensors else both)
 
 
-def test_offline(hub, monkeypatch):
-    """What is in the cache loads by its name, and what is not is said to be missing."""
-    hub.add("Goodeat/drifting", files(TINY, "models/gen/jax/ablation/"))
-    first = model.load_generator("hf://ablation")
-    requests = len(hub.requests)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert same_weights(model.load_generator("hf://ablation"), first)
-    with pytest.raises(model.UsageError, match="hf://latent_B_sota: no weights downloaded"):
-        model.load_generator("hf://latent_B_sota")
-    assert len(hub.requests) == requests
-
-
 def test_real_weights_says_what_it_found(hub, tmp_path, monkeypatch, capsys):
     """The command for whoever has a network, on a small artifact."""
     artifact = random_artifact(tmp_path / "artifact", "gen", **SMALL_GENERATOR)
