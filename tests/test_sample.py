@@ -61,18 +61,13 @@ def test_an_image_depends_on_seed_and_index_alone(generator):
     assert (images - one_by_one).abs().max() < 1e-5  # of 2 / 255, a grey level
     part = sample.generate(generator, labels[[7, 3]], [7, 3])
     assert (part - images[[7, 3]]).abs().max() < 1e-5
-    for change in (dict(seed=1, indices=np.arange(12)), dict(indices=np.arange(12) + 12)):
-        other = sample.generate(generator, labels, **change)
-        assert (other - images).abs().mean() > 0.01
-
-
-def test_every_input_matters(generator):
-    base = sample.generate(generator, [3], [0])
-    for change in (dict(cfg_scale=3.0), dict(temperature=0.5), dict(labels=[4])):
-        options = dict(labels=[3], indices=[0]) | change
-        assert (sample.generate(generator, **options) - base).abs().mean() > 1e-3
-    noise, style = sample.image_noise(generator, 0, 0)
-    assert len(style.unique()) > 10  # drawn, not zeros
+    same = dict(labels=labels, indices=np.arange(12))
+    for change in (dict(seed=1), dict(indices=np.arange(12) + 12), dict(cfg_scale=3.0),
+                   dict(temperature=0.5), dict(labels=(labels + 1) % 10)):
+        other = sample.generate(generator, **{**same, **change})
+        assert (other - images).abs().mean() > 1e-3
+    x = torch.tensor([-1.0, 1.0, 0.0, -2.0, 2.0, 2 * (100.999 / 255) - 1])
+    assert sample.to_uint8(x).tolist() == [0, 255, 127, 0, 255, 100]  # by floor
 
 
 def test_what_would_be_wrong_in_silence_is_refused(folder):
@@ -82,24 +77,6 @@ def test_what_would_be_wrong_in_silence_is_refused(folder):
     torch.nn.init.constant_(net.final_linear.bias, float("nan"))
     with pytest.raises(UsageError, match="NaN or Inf"):
         sample.generate(net, [0], [0])
-
-
-def test_labels_may_be_any_numbers(folder, monkeypatch):
-    """A continuous attribute reaches `embed_label` as it is."""
-    seen = []
-
-    def embed_label(self, labels):
-        seen.append(labels)
-        return labels[:, None] * self.class_embed.weight[0]
-    monkeypatch.setattr(model.Generator, "embed_label", embed_label)
-    labels = [0.5, 0.75, 1.0]
-    images = sample.generate(model.load_generator(folder), labels, [0, 0, 0], batch_size=2)
-    assert torch.cat(seen).tolist() == labels and images[0].ne(images[1]).any()
-
-
-def test_uint8_is_floor():
-    x = torch.tensor([-1.0, 1.0, 0.0, -2.0, 2.0, np.nan, np.inf, 2 * (100.999 / 255) - 1])
-    assert sample.to_uint8(x).tolist() == [0, 255, 127, 0, 255, 0, 255, 100]
 
 
 # --------------------------------------------------------------------------------------------
@@ -143,11 +120,10 @@ def test_labelled_rows_of_alphas(vae_folder, tmp_path):
 
 def test_a_folder_with_other_images_is_refused(folder, tmp_path):
     """A score of 5 images over 8 earlier ones would count all of them."""
-    for n in (5, 8, 8):
+    for n in (5, 8):
         run("--ckpt", folder, "--out", tmp_path / "pngs", "--num_images", n)
-    for changed in (("--num_images", 5), ("--num_images", 8, "--classes", 3)):
-        with pytest.raises(UsageError, match="holds other images"):
-            run("--ckpt", folder, "--out", tmp_path / "pngs", *changed)
+    with pytest.raises(UsageError, match="holds other images"):
+        run("--ckpt", folder, "--out", tmp_path / "pngs", "--num_images", 5)
 
 
 def test_the_same_on_two_processes_and_refused_without_a_common_disk(folder, tmp_path):
@@ -213,10 +189,8 @@ def test_classes_have_names(folder, generator, tmp_path):
         wanted = enlarged(tile).astype(int)
         assert np.abs(grid[20:, column * 82:][:, :80, 0] - wanted).max() <= 1
         assert (grid[:18, column * 82:][:, :80] < 128).any()
-    numbers = [str(number) for number in range(1, 11)]  # here 0 could only be the class called 1
-    assert sample.class_numbers(["1", "10"], numbers) == [0, 9]
-    with pytest.raises(UsageError, match="this generator knows 1, 2, 3"):
-        sample.class_numbers(["0"], numbers)
+    with pytest.raises(UsageError, match="this generator knows 1, 2, 3"):  # is it 0 or 1?
+        sample.class_numbers(["0"], ["1", "2", "3"])
 
 
 def test_another_vae_than_that_of_training_is_refused(vae_folder, tmp_path):
