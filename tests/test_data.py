@@ -351,28 +351,3 @@ def test_prepared_data_of_other_images_are_not_taken(tmp_path, folder, kind, mon
     prepare_data.prepare(source(), tmp_path / "half")  # what is not whole is made again
     prepare_data.prepare(source(), tmp_path / "at_once")
     assert files_of(tmp_path / "half/train") == files_of(tmp_path / "at_once/train")
-
-
-def test_another_size_in_between_leaves_no_trace(tmp_path, monkeypatch):
-    """The second run writes over the places of the first; the third is the first command again."""
-    (tmp_path / "src").mkdir()
-    for i in range(40):
-        picture((16, 16), i).save(tmp_path / f"src/{i}.png")
-    prepare_data.prepare(tmp_path / "src", tmp_path / "right", 8)
-    fsync = prepare_data.os.fsync
-    for size, blocks in ((8, 2), (16, 1)):
-        calls = []
-
-        def full(handle):
-            calls.append(handle)
-            if len(calls) > blocks:
-                raise OSError("no space left on the device")
-            fsync(handle)
-        with monkeypatch.context() as patch:
-            patch.setattr(prepare_data.os, "fsync", full)
-            with pytest.raises(OSError, match="no space left"):
-                prepare_data.prepare(tmp_path / "src", tmp_path / "out", size)
-        done = np.fromfile(tmp_path / "out/train.tmp/done", np.uint32)
-        assert (done > 0).sum() == blocks
-    prepare_data.prepare(tmp_path / "src", tmp_path / "out", 8)
-    assert files_of(tmp_path / "out/train") == files_of(tmp_path / "right/train")

@@ -6,7 +6,7 @@ from huggingface_hub import constants, errors
 
 import model
 import real_weights
-from conftest import (FIXTURES, SMALL_GENERATOR, SMALL_MAE, convnext_of_transformers, old_vae,
+from conftest import (FIXTURES, SMALL_GENERATOR, SMALL_MAE, convnext_of_transformers,
                       random_artifact, same_weights, small_vae)
 from hub_server import HubServer
 
@@ -91,23 +91,11 @@ def test_addresses_subfolders_and_revisions(hub, tmp_path):
         model.load_generator("hf://me/nets@v9")
 
 
-@pytest.mark.parametrize("safetensors", [True, False])
-def test_networks_of_others_with_or_without_safetensors(hub, tmp_path, safetensors):
-    """Where both files are there only safetensors are fetched."""
-    (tmp_path / "convnext").mkdir()
-    (tmp_path / "vae").mkdir()
-    convnext = convnext_of_transformers(tmp_path / "convnext", safetensors)
-    vae = old_vae(tmp_path / "vae", safetensors)
+def test_where_safetensors_are_nothing_pickled_is_fetched(hub, tmp_path):
+    convnext = convnext_of_transformers(tmp_path, True)
     hub.add(CONVNEXT, files(convnext))
-    hub.add(VAE, files(vae))
     assert same_weights(model.load_encoder(f"hf://{CONVNEXT}"), model.load_encoder(convnext))
-    assert same_weights(model.load_vae(), model.load_vae(vae))
-    hub.add("facebook/dinov2-base", files(FIXTURES / "dinov2_tiny"))
-    dinov2 = model.load_encoder("hf://facebook/dinov2-base")
-    assert same_weights(dinov2, model.load_encoder(FIXTURES / "dinov2_tiny"))
-    fetched = {name for name in hub.fetched if name.endswith(".bin")}
-    both = {"pytorch_model.bin", "diffusion_pytorch_model.bin"}
-    assert fetched == (set() if safetensors else both)
+    assert "model.safetensors" in hub.fetched and "pytorch_model.bin" not in hub.fetched
 
 
 def test_real_weights_says_what_it_found(hub, tmp_path, monkeypatch, capsys):

@@ -1,10 +1,6 @@
 """Latents: prepared by any number of processes, killed or not, and training on them."""
 import multiprocessing
-import os
-import shutil
-import socket
 import time
-from functools import partial
 
 import numpy as np
 import pytest
@@ -15,7 +11,7 @@ import drift
 import model
 import prepare_data
 import train
-from conftest import FIXTURES, relative_error, small_vae
+from conftest import FIXTURES, forked_ranks, relative_error, small_vae
 
 CONVNEXT = str(FIXTURES / "convnextv2_tiny")
 
@@ -94,36 +90,19 @@ def test_latents_are_drawn_anew_and_each_from_its_own_seed(prepared):
 
 @pytest.fixture
 def start():
-    """Starts n processes of prepare_data.py, as torchrun does.
-
-    They are forks of a process that has imported everything and computed nothing.
-    """
+    """Starts n processes of prepare_data.py: forks of one that has imported everything."""
     processes = []
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_latents", "diffusers.models.autoencoders.autoencoder_kl"])
 
     def start(n, words):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        started = [context.Process(target=prepare_as_rank, args=(rank, n, port, words))
-                   for rank in range(n)]
-        for process in started:
-            process.start()
-        processes.extend(started)
-        return started
+        processes[:0] = forked_ranks(context, n, prepare_data.main, words)
+        return processes[:n]
 
     yield start
     for process in processes:
         process.kill()
         process.join()
-
-
-def prepare_as_rank(rank, n, port, words):
-    place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=n, RANK=rank,
-                 LOCAL_RANK=rank, LOCAL_WORLD_SIZE=n)
-    os.environ.update({key: str(value) for key, value in place.items()})
-    model.run_script(partial(prepare_data.main, words))
 
 
 @pytest.mark.parametrize("n", [1, 2])
@@ -154,23 +133,6 @@ def test_killed_and_resumed_on_another_number_of_processes(prepared, photos, vae
         assert process.exitcode == 0
     assert files_of(tmp_path / "train") == files_of(prepared / "train")
     assert (tmp_path / "train/images.bin").stat().st_ino == written  # it was not begun anew
-
-
-def test_a_broken_image_ends_both_processes_and_the_others_are_kept(photos, start, tmp_path):
-    source = shutil.copytree(photos, tmp_path / "src")
-    broken = source / "class3/107.png"
-    whole = broken.read_bytes()
-    broken.write_bytes(b"broken")
-    words = ["--data", str(source), "--size", "64", "--out", str(tmp_path / "out")]
-    for process in start(2, words):
-        process.join(60)
-        assert process.exitcode == 1
-    done = np.fromfile(tmp_path / "out/train.tmp/done", np.uint32)
-    assert (done == 0).sum() == 1
-    broken.write_bytes(whole)
-    prepare_data.main(words)
-    prepare_data.prepare(photos, tmp_path / "right", 64)
-    assert files_of(tmp_path / "out/train") == files_of(tmp_path / "right/train")
 
 
 # --------------------------------------------------------------------------------------------

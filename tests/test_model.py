@@ -456,16 +456,3 @@ def test_code_in_pickled_weights_is_not_run(tmp_path, monkeypatch):
 
 # --------------------------------------------------------------------------------------------
 # What all scripts share
-
-def test_a_folder_is_whole_or_not_there(tmp_path):
-    """What is killed while it writes leaves what was there before, and no hindrance."""
-    folder = tmp_path / "step_00000001"
-    for content in ("first", "second"):
-        with model.whole(folder) as partial:
-            partial.mkdir()
-            (partial / content).touch()
-        with pytest.raises(KeyboardInterrupt), model.whole(folder) as partial:
-            partial.mkdir()
-            (partial / "half").touch()
-            raise KeyboardInterrupt
-        assert [path.name for path in folder.iterdir()] == [content]
