@@ -157,39 +157,6 @@ def test_what_would_be_wrong_in_silence_is_refused():
         drift.sinkhorn_loss(gen, gen, pos, iterations=0)
 
 
-def test_locations_are_entries_of_their_own():
-    """Sum over features of the mean over labels and locations: as a loop over locations gives."""
-    g = torch.Generator().manual_seed(0)
-    gen, pos, neg = ({"a": torch.randn(2, n, 3, 5, generator=g),
-                      "b": torch.randn(2, n, 1, 4, generator=g)} for n in (4, 6, 2))
-    alpha = torch.rand(2, generator=g) + 1
-    total, infos = drift.feature_loss("drifting", gen, None, pos, neg, alpha)
-    losses = {name: info["loss"] for name, info in infos.items()}
-    weight = (3 * (alpha - 1) / 2)[:, None].expand(-1, 2)
-    assert total.item() == pytest.approx(sum(losses.values()).item())
-    for name, f in gen.items():
-        places = [(label, t) for label in range(2) for t in range(f.shape[2])]
-        entries = [torch.stack([x[name][label, :, t] for label, t in places])
-                   for x in (gen, pos, neg)]
-        weights = torch.stack([weight[label] for label, _ in places])
-        expected = reference.drift_loss(*entries, weights).mean()
-        assert losses[name].item() == pytest.approx(expected.item(), rel=1e-5)
-
-
-def test_multi_scale_features_by_hand():
-    x = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
-    features = drift.multi_scale_features({"m": x})
-    assert set(features) == {"m", "m_mean", "m_std", "m_mean_2", "m_std_2"}  # 4 does not divide 6
-    a = x.numpy()
-    assert np.allclose(features["m"][1, 2 * 6 + 5], a[1, :, 2, 5])
-    assert np.allclose(features["m_mean"][0, 0], a[0].mean((1, 2)), atol=1e-6)
-    assert np.allclose(features["m_std"][0, 0], np.sqrt(a[0].var((1, 2)) + 1e-6), atol=1e-6)
-    patch = a[1, :, 2:4, 4:6]  # second row, third column of 2 x 2 patches
-    assert np.allclose(features["m_mean_2"][1, 1 * 3 + 2], patch.mean((1, 2)), atol=1e-6)
-    std = np.sqrt(patch.var((1, 2)) + 1e-6)
-    assert np.allclose(features["m_std_2"][1, 1 * 3 + 2], std, atol=1e-6)
-
-
 @pytest.mark.parametrize("power", [1, 3, 5])
 def test_alpha_has_the_density_of_the_paper(power):
     alpha = drift.sample_alpha(200_000, power, 0.0, np.random.default_rng(0))

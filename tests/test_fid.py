@@ -293,23 +293,6 @@ def command(run, monkeypatch, capsys):
     return call
 
 
-def test_where_precision_and_recall_come_from(command, run):
-    """Features in our own file, images in ADM's, or --data beside it; else there are none."""
-    command("ref --data one.npz --features pixels --out own.npz")
-    own = dict(np.load(run / "own.npz"))
-    assert own["real"].shape == (181, 64) and own["num_images"] == 181
-    bare = dict(mu=own["mu"], sigma=own["sigma"], features="pixels", resize="none")
-    np.savez(run / "bare.npz", **bare)
-    np.savez(run / "adm.npz", **bare, arr_0=np.load(run / "one.npz")["arr_0"])
-    rows = {}
-    for ref in ("own.npz", "adm.npz", "bare.npz --data one.npz", "bare.npz"):
-        [rows[ref]] = command(f"eval --images other.npz --features pixels --ref {ref}")
-        assert rows[ref]["fd"] == rows["own.npz"]["fd"] and rows[ref]["ref"] == ref.split()[0]
-    assert "precision" not in rows.pop("bare.npz")
-    assert len({(row["precision"], row["recall"]) for row in rows.values()}) == 1
-    assert 0.5 < rows["own.npz"]["recall"] < 1
-
-
 def test_inception_scores(command, run, weights, monkeypatch):
     """The whole path, but that the network's features are pixels: an image would cost 0.3 s."""
     monkeypatch.setattr(fid.Inception, "__call__", lambda net, x: x.flatten(1)[:, ::130][:, :2048])
@@ -343,7 +326,7 @@ def test_several_processes(command, run, tmp_path):
     command("ref --data one.npz --features encoder:enc --out two.npz")
     lines = ["eval --ckpt gen --data other.npz --num_images 31 --cfg_scale 1 2",
              "eval --images noise.npz --ref two.npz --num_images 31",
-             "eval --images noise.npz --ref two.npz --num_images 5"]
+             "eval --images noise.npz --ref two.npz --data other.npz --num_images 5"]
     lines = [line + " --features encoder:enc --batch_size 5" for line in lines]
     script = tmp_path / "script.py"
     script.write_text(f"""if True:

@@ -21,9 +21,6 @@ def vae(tmp_path_factory):
     return small_vae(tmp_path_factory.mktemp("vae"))
 
 
-# --------------------------------------------------------------------------------------------
-# Preparing
-
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     """110 smooth pictures of 80x64 in four classes."""
@@ -134,9 +131,6 @@ def test_killed_and_resumed_on_another_number_of_processes(prepared, photos, vae
     assert files_of(tmp_path / "train") == files_of(prepared / "train")
     assert (tmp_path / "train/images.bin").stat().st_ino == written  # it was not begun anew
 
-
-# --------------------------------------------------------------------------------------------
-# Training
 
 def test_a_pixel_encoder_drives_a_generator_of_latents(prepared, vae, tmp_path):
     """The step's gradient is that of features of decoded samples; a run makes decoded pictures."""

@@ -191,11 +191,3 @@ def test_classes_have_names(folder, generator, tmp_path):
         assert (grid[:18, column * 82:][:, :80] < 128).any()
     with pytest.raises(UsageError, match="this generator knows 1, 2, 3"):  # is it 0 or 1?
         sample.class_numbers(["0"], ["1", "2", "3"])
-
-
-def test_another_vae_than_that_of_training_is_refused(vae_folder, tmp_path):
-    net = model.load_generator(TINY)
-    net.origin = {"vae": "0" * 64}
-    net.save_pretrained(tmp_path / "g")
-    with pytest.raises(UsageError, match="VAE"):
-        run("--ckpt", tmp_path / "g", "--vae", vae_folder, "--out", tmp_path / "x.png")
