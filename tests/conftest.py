@@ -210,16 +210,36 @@ def convnext_of_transformers(folder, safetensors):
 # --------------------------------------------------------------------------------------------
 # Processes
 
-def ranks(n, *command, **options):
-    """n processes of a script, set up as by torchrun, whose own start would take two seconds."""
+def places(n):
+    """What torchrun, whose own start takes two seconds, sets in the environments of n processes."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    place = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=str(n),
-                 LOCAL_WORLD_SIZE=str(n))
+    return [dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=str(n),
+                 LOCAL_WORLD_SIZE=str(n), RANK=str(i), LOCAL_RANK=str(i)) for i in range(n)]
+
+
+def ranks(n, *command, **options):
+    """n processes of a script."""
     return [subprocess.Popen(
-        [sys.executable, *map(str, command)], env={**place, "RANK": str(i), "LOCAL_RANK": str(i)},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options) for i in range(n)]
+        [sys.executable, *map(str, command)], env={**os.environ, **place},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+        for place in places(n)]
+
+
+def forked_ranks(context, n, main, *args):
+    """n processes, of a multiprocessing context, of a script whose main function is main(*args)."""
+    processes = [context.Process(target=run_as_rank, args=(place, main, *args))
+                 for place in places(n)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def run_as_rank(place, main, *args):
+    if place["WORLD_SIZE"] != "1":
+        os.environ.update(place)
+    model.run_script(partial(main, *args))
 
 
 @pytest.hookimpl(optionalhook=True)

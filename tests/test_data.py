@@ -2,7 +2,6 @@
 import gzip
 import io
 import json
-import shutil
 import struct
 import tarfile
 import zipfile
@@ -10,7 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps
 
 import model
 import prepare_data
@@ -64,15 +63,11 @@ def digits(tmp_path_factory):
 
 def test_embedded_digits(digits):
     splits = prepare_data.embedded_digits()
-    (train, train_labels), (test, test_labels) = splits["train"], splits["test"]
+    (train, train_labels), (test, _) = splits["train"], splits["test"]
     assert train.shape == (1442, 8, 8) and test.shape == (355, 8, 8)
     assert train.min() == 0 and train.max() == 255 and len(np.unique(train)) == 17
-    count = np.bincount(np.concatenate([train_labels, test_labels]))
-    assert count.tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
-    assert not {x.tobytes() for x in test} & {x.tobytes() for x in train}
-    assert np.array_equal(digits.images[:, 0], train) and digits.kind == "pixels"
-    assert digits.shape == (1, 8, 8) and digits.num_classes == 10
-    assert digits.meta["classes"] == list("0123456789")
+    assert np.array_equal(digits.images[:, 0], train)
+    assert np.array_equal(digits.labels, train_labels)
 
 
 def test_draws(digits):
@@ -82,7 +77,7 @@ def test_draws(digits):
         assert len(set(ids.tolist())) == 100 and (digits.labels[ids] == label).all()
     assert len(set(digits.draw_any(len(digits), rng).tolist())) == len(digits)
     more = digits.draw(0, digits.count[0] + 1, rng)  # of a small class, some several times
-    assert len(more) == digits.count[0] + 1 and (digits.labels[more] == 0).all()
+    assert len(more) == digits.count[0] + 1
     plain = digits.batch([5, 5, 900])
     assert np.allclose(plain[2], digits.images[900] / 127.5 - 1, atol=1e-6)
     x = digits.batch([5, 5, 900], np.array([2, 3, 5]), flip=True)  # mirrored by an odd seed
@@ -97,13 +92,6 @@ def test_fresh_ids_go_through_every_epoch_once(digits):
         assert sorted(row[epoch * n:epoch * n + n].tolist()) == list(range(n))
     assert not np.array_equal(row[:n], row[n:2 * n])
     assert np.array_equal(digits.fresh(2000, 1500, seed=3), row[2000:3500])
-    assert np.array_equal(digits.fresh(0, 3 * n, seed=3), row[:3 * n])  # more than one epoch
-    assert not np.array_equal(digits.fresh(0, n, seed=4), row[:n])
-
-
-def test_a_split_that_is_not_there(digits, tmp_path):
-    with pytest.raises(model.UsageError, match="no prepared data there"):
-        prepare_data.Dataset(tmp_path, "test")
 
 
 # --------------------------------------------------------------------------------------------
@@ -116,7 +104,6 @@ def test_folder_and_zip_give_the_same_array(tmp_path, folder):
     assert np.array_equal(a.images, b.images) and np.array_equal(a.labels, b.labels)
     assert a.meta["classes"] == b.meta["classes"] == ["ant", "bee", "zebra"]
     assert a.meta["images_per_class"] == [2, 4, 3]
-    assert a.labels.tolist() == [0, 0, 1, 1, 1, 1, 2, 2, 2]
     pixels = np.asarray(Image.open(folder / "zebra/1.png"))
     assert np.array_equal(a.images[7].transpose(1, 2, 0), pixels)
 
@@ -133,10 +120,10 @@ LAYOUTS = {  # files -> {split: class and number of images}, or what is said
     "train/a/1.png test/1.png": {"train": "a1", "said": "test is left out"},
     "test/a/1.png": {"test": "a1"},
     "train/a/i/1.png train/b/i/1.png val/i/1.png": {"train": "a1 b1", "said": "val is left out"},
-    "a/1.png 1.png": "which folders are the classes",
-    "p/a/1.png p/b/1.png p/1.png": "which folders are the classes",
-    "p/a/1.png q/b/1.png": "which folders are the classes",
-    "train/p/a/1.png train/p/b/1.png": "which folders are the classes",
+    "a/1.png 1.png": "give the folder of the classes",
+    "p/a/1.png p/b/1.png p/1.png": "give the folder of the classes",
+    "p/a/1.png q/b/1.png": "give the folder of the classes",
+    "train/p/a/1.png train/p/b/1.png": "give the folder of the classes",
     "a/1.png a/.x/1.png .b/1.png @eaDir/1.png __MACOSX/a/1.png b/@x/1.png b/.y.png":
         {"train": "a1"},
     "a/1.jfif a/2.jpe a/3.avif a/4.ppm a/5.txt b/x.csv": {"train": "a4"},
@@ -161,34 +148,13 @@ def test_layouts(tmp_path, files, kind, capsys):
             prepare_data.open_source(source)
         return
     splits, _ = prepare_data.open_source(source)
-    found = {"said": right.get("said", "")}
+    said = right.get("said", "")
+    assert said in capsys.readouterr().err
+    found = {"said": said}
     for split, items in splits.items():
         classes = [label for label, _ in items]
         found[split] = " ".join(f"{c}{classes.count(c)}" for c in sorted(set(classes)))
-    assert right.get("said", "") in capsys.readouterr().err
-    assert found == {"said": "", **right}
-
-
-def test_links_are_followed(tmp_path, folder):
-    (folder / "cat").symlink_to(folder / "bee")
-    (folder / "ant/2.png").symlink_to(folder / "bee/0.png")
-    (folder / "ant/nothing.png").symlink_to("nowhere")
-    prepare_data.prepare(folder, tmp_path / "out", skip_broken=True)
-    meta = prepare_data.Dataset(tmp_path / "out").meta
-    assert dict(zip(meta["classes"], meta["images_per_class"])) == {
-        "ant": 3, "bee": 4, "cat": 4, "zebra": 3}
-    assert meta["skipped"] == ["ant/nothing.png"]
-
-
-def test_classes_are_in_natural_order_and_said(tmp_path, capsys):
-    for c in range(12):
-        (tmp_path / "src" / f"c{c}").mkdir(parents=True)
-        Image.new("L", (2, 2), c).save(tmp_path / "src" / f"c{c}" / "0.png")
-    prepare_data.prepare(tmp_path / "src", tmp_path / "out")
-    data = prepare_data.Dataset(tmp_path / "out")
-    assert data.images[:, 0, 0, 0].tolist() == data.labels.tolist() == list(range(12))
-    assert data.meta["classes"] == [f"c{c}" for c in range(12)]
-    assert "out/train: 12 images, by class 0 c0 (1), 1 c1 (1), 2 c2" in capsys.readouterr().err
+    assert found == {"said": said, **right}
 
 
 @pytest.mark.parametrize("split", ["", "train/"])
@@ -210,14 +176,6 @@ def test_dataset_json_has_the_labels(tmp_path, labelled, split):
         assert (data.images[:, 0, 0, 0] == data.labels).all()
     else:
         assert data.meta["classes"] == ["images"] and len(data) == 24
-
-
-def test_an_existing_path_goes_before_the_digits(tmp_path, folder, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert len(prepare_data.open_source("digits")[0]["train"]) == 1442
-    folder.rename("digits")
-    assert len(prepare_data.open_source("digits")[0]["train"]) == 9
-    assert len(prepare_data.open_source(prepare_data.DIGITS)[0]["train"]) == 1442
 
 
 @pytest.mark.parametrize("ending", ["", ".gz"])
@@ -261,23 +219,13 @@ def test_cifar(tmp_path):
     assert len(prepare_data.Dataset(tmp_path / "out", "test")) == 4
 
 
-def test_the_place_to_write_must_be_named():
-    assert prepare_data.parse([]).out == "data/digits"
-    with pytest.raises(SystemExit):
-        prepare_data.parse(["--data", "x.zip"])
-
-
-def test_what_is_no_source_is_said(tmp_path, folder):
-    (tmp_path / "cut.zip").write_bytes(b"PK\x03\x04 not whole")
-    for name in ("cut.zip", "nowhere"):
-        with pytest.raises(model.UsageError, match=f"{name}: no data there"):
-            prepare_data.prepare(tmp_path / name, tmp_path / "o")
-    picture((9, 9)).save(folder / "zebra" / "9.png")
-    with pytest.raises(model.UsageError, match="several sizes: give one --size"):
-        prepare_data.prepare(folder, tmp_path / "o")
-    picture((9, 8)).save(folder / "ant" / "0.png")
-    with pytest.raises(model.UsageError, match="square images: give --size"):
-        prepare_data.prepare(folder, tmp_path / "o")
+def test_images_of_several_sizes_need_a_size(tmp_path, folder, capsys):
+    for size in ((16, 16), (9, 8)):
+        picture(size).save(folder / "ant" / "0.png")
+        with pytest.raises(model.UsageError, match="--size"):
+            prepare_data.prepare(folder, tmp_path / "out")
+    prepare_data.prepare(folder, tmp_path / "out", size=12)
+    assert capsys.readouterr().err.count("are enlarged") == 1
 
 
 # --------------------------------------------------------------------------------------------
@@ -303,8 +251,7 @@ def test_colours_survive_every_mode():
     clear.putpixel((0, 0), (9, 9, 9, 0))
     cmyk = Image.fromarray(grey).convert("RGB").convert("CMYK")
     files = [(deep, "PNG", 40), (deep, "TIFF", 40), (cmyk, "TIFF", 40),
-             (Image.fromarray(grey), "PNG", 40), (clear, "PNG", 255),
-             (clear.convert("LA"), "PNG", 255),  # what is transparent is white
+             (clear, "PNG", 255), (clear.convert("LA"), "PNG", 255),  # transparent: white
              (Image.fromarray(grey).convert("P"), "GIF", 40)]
     for image, form, corner in files:
         x = decode(encoded(image, form))
@@ -314,16 +261,6 @@ def test_colours_survive_every_mode():
     for dtype in (np.int32, np.float32):
         with pytest.raises(model.UsageError, match="unknown range"):
             decode(encoded(Image.fromarray(grey.astype(dtype)), "TIFF"))
-
-
-def test_texts_and_profiles_of_a_png_do_not_matter():
-    image = picture((8, 8))
-    text = PngImagePlugin.PngInfo()
-    text.add_text("workflow", "x" * 2_000_000, zip=True)
-    text.add_itxt("prompt", "é" * 2_000_000, zip=True)
-    profile = np.random.default_rng(0).bytes(2_000_000)
-    data = encoded(image, pnginfo=text, icc_profile=profile)
-    assert np.array_equal(prepare_data.open_image(data), image)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -345,8 +282,6 @@ def test_random_crop_is_inside_and_of_the_sizes_asked_for():
     assert 0.2 <= area.min() < 0.21 and area.max() > 0.95
     assert 0.75 <= ratio.min() < 0.77 and 1.3 < ratio.max() <= 4 / 3 + 1e-9
     assert np.ptp(left) > 100 and np.ptp(top) > 100
-    left, top, right, bottom = prepare_data.random_crop(250, 20, 0.9, rng)  # too long for the ratio
-    assert 0 <= left < right <= 250 and 0 <= top < bottom <= 20
 
 
 def test_crop_resize():
@@ -367,40 +302,22 @@ def test_crop_resize():
 # --------------------------------------------------------------------------------------------
 # Broken images, other images, interruptions
 
-def test_a_broken_image_is_named_and_skipped_only_by_flag(tmp_path, folder, capsys):
-    whole = (folder / "ant/0.png").read_bytes()
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_a_broken_image_is_named_and_skipped_only_by_flag(tmp_path, folder, kind, capsys):
     for name in ("ant/0.png", "bee/2.png"):  # the very first, and one amidst
         (folder / name).write_bytes((folder / name).read_bytes()[:60])
-    with pytest.raises(model.UsageError, match="2 broken images.*--skip_broken"):
-        prepare_data.prepare(folder, tmp_path / "out")
-    said = capsys.readouterr().err
-    assert "src/ant/0.png: cannot be read (" in said and "src/bee/2.png: cannot be read (" in said
+    source = folder if kind == "folder" else zipped(folder, tmp_path / "x.zip")
+    with pytest.raises(model.UsageError, match="mend these.*--skip_broken"):
+        prepare_data.prepare(source, tmp_path / "out")
+    assert "bee/2.png: cannot be read (" in capsys.readouterr().err
     assert not (tmp_path / "out/train").exists()
-    shutil.copytree(tmp_path / "out", tmp_path / "mended")
 
-    prepare_data.prepare(folder, tmp_path / "out", skip_broken=True)
+    prepare_data.prepare(source, tmp_path / "out", skip_broken=True)
     data = prepare_data.Dataset(tmp_path / "out")
     assert data.count.tolist() == data.meta["images_per_class"] == [1, 3, 3]
     assert data.meta["skipped"] == ["ant/0.png", "bee/2.png"]
     good = [p for p in sorted(folder.rglob("*.png")) if p.stat().st_size > 60]
     assert np.array_equal(data.images, [decode(p.read_bytes()) for p in good])
-
-    (folder / "ant/0.png").write_bytes(whole)
-    prepare_data.prepare(folder, tmp_path / "mended", skip_broken=True)
-    assert prepare_data.Dataset(tmp_path / "mended").count.tolist() == [2, 3, 3]
-    for path in folder.rglob("*.png"):
-        path.write_bytes(b"not an image")
-    with pytest.raises(model.UsageError, match="no image can be read: .*src/ant/0.png"):
-        prepare_data.prepare(folder, tmp_path / "none", skip_broken=True)
-
-
-def test_a_broken_member_of_a_zip_is_named(tmp_path, folder):
-    path = zipped(folder, tmp_path / "x.zip")
-    data = bytearray(path.read_bytes())
-    data[data.index(b"zebra/1.png") + 60] ^= 255
-    path.write_bytes(data)
-    prepare_data.prepare(path, tmp_path / "out", skip_broken=True)
-    assert prepare_data.Dataset(tmp_path / "out").meta["skipped"] == ["zebra/1.png"]
 
 
 def test_a_bug_in_a_loader_shows_its_traceback(tmp_path, folder, monkeypatch):
@@ -409,91 +326,28 @@ def test_a_bug_in_a_loader_shows_its_traceback(tmp_path, folder, monkeypatch):
         prepare_data.prepare(folder, tmp_path / "out", skip_broken=True)
 
 
-def test_enlarged_images_are_said_once(tmp_path, folder, capsys):
-    prepare_data.prepare(folder, tmp_path / "out", size=8)
-    assert "are enlarged" not in capsys.readouterr().err
-    prepare_data.prepare(folder, tmp_path / "large", size=16)
-    assert capsys.readouterr().err.count("are enlarged") == 1
-
-
 @pytest.mark.parametrize("kind", ["folder", "zip"])
 def test_prepared_data_of_other_images_are_not_taken(tmp_path, folder, kind, monkeypatch):
-    for path in folder.rglob("*.png"):
-        Image.open(path).save(path.with_suffix(".bmp"))
-        path.unlink()
-
     def source():
         return folder if kind == "folder" else zipped(folder, tmp_path / "x.zip")
 
     def stop(*args):
         raise KeyboardInterrupt
     prepare_data.prepare(source(), tmp_path / "out")
-    before = files_of(tmp_path / "out/train")
+    with model.claim(tmp_path / "out"):  # it is left as it is, so that nobody is in the way
+        prepare_data.prepare(source(), tmp_path / "out")
     with monkeypatch.context() as patch:
         patch.setattr(prepare_data, "finish", stop)
         with pytest.raises(KeyboardInterrupt):
             prepare_data.prepare(source(), tmp_path / "half")
-    prepare_data.prepare(shutil.copytree(folder, tmp_path / "copy"), tmp_path / "copied")
     with pytest.raises(model.UsageError, match="other images or options"):
         prepare_data.prepare(source(), tmp_path / "out", size=4)
 
-    if kind == "zip":
-        picture((8, 8), 77).save(folder / "bee/1.bmp")  # of the same size: the checksum is another
-    else:
-        picture((8, 8), 77).save(folder / "bee/1.bmp", dpi=(300, 300))
-        (folder / "bee/1.bmp").write_bytes((folder / "bee/1.bmp").read_bytes() + b"longer")
+    picture((8, 8), 77).save(folder / "bee/1.png")
+    if kind == "folder":  # which knows a file by its size, a zip by its checksum
+        (folder / "bee/1.png").write_bytes((folder / "bee/1.png").read_bytes() + b"longer")
     with pytest.raises(model.UsageError, match="other images or options"):
         prepare_data.prepare(source(), tmp_path / "out")
-    assert files_of(tmp_path / "out/train") == before
     prepare_data.prepare(source(), tmp_path / "half")  # what is not whole is made again
     prepare_data.prepare(source(), tmp_path / "at_once")
     assert files_of(tmp_path / "half/train") == files_of(tmp_path / "at_once/train")
-    assert np.array_equal(prepare_data.Dataset(tmp_path / "half").images[3].transpose(1, 2, 0),
-                          picture((8, 8), 77))
-
-
-def test_another_size_in_between_leaves_no_trace(tmp_path, monkeypatch):
-    """The second run writes over the places of the first; the third is the first command again."""
-    for i in range(40):
-        path = tmp_path / f"src/{i % 2}/{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture((16, 16), i).save(path)
-    prepare_data.prepare(tmp_path / "src", tmp_path / "right", 8)
-    fsync = prepare_data.os.fsync
-    for size, blocks in ((8, 2), (16, 1)):
-        calls = []
-
-        def full(handle):
-            calls.append(handle)
-            if len(calls) > blocks:
-                raise OSError("no space left on the device")
-            fsync(handle)
-        with monkeypatch.context() as patch:
-            patch.setattr(prepare_data.os, "fsync", full)
-            with pytest.raises(OSError, match="no space left"):
-                prepare_data.prepare(tmp_path / "src", tmp_path / "out", size)
-        done = np.fromfile(tmp_path / "out/train.tmp/done", np.uint32)
-        assert (done > 0).sum() == blocks
-    prepare_data.prepare(tmp_path / "src", tmp_path / "out", 8)
-    assert files_of(tmp_path / "out/train") == files_of(tmp_path / "right/train")
-
-
-def test_a_finished_split_is_left_and_data_of_before_open(tmp_path, folder):
-    prepare_data.prepare(folder, tmp_path / "out")
-    meta = json.loads((tmp_path / "out/train/meta.json").read_text())
-    del meta["source"]  # as an older version wrote it
-    (tmp_path / "out/train/meta.json").write_text(json.dumps(meta))
-    before = files_of(tmp_path / "out/train")
-    with model.claim(tmp_path / "out"):  # nothing is written, so that nobody is in the way
-        prepare_data.prepare(folder, tmp_path / "out")
-        with pytest.raises(model.UsageError, match="another run writes to .*out"):
-            prepare_data.prepare(prepare_data.DIGITS, tmp_path / "out")
-    assert files_of(tmp_path / "out/train") == before
-
-
-def test_enlarged_images_are_told(tmp_path, capsys):
-    for name, side in (("small", 6), ("large", 9)):
-        (tmp_path / name / "a").mkdir(parents=True)
-        picture((side, side)).save(tmp_path / name / "a" / "0.png")
-        prepare_data.prepare(tmp_path / name, tmp_path / f"{name}_out", size=8)
-        assert ("are enlarged" in capsys.readouterr().err) == (name == "small")

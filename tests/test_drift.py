@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-import bench
 import drift
 import reference
 from conftest import FIXTURES, needs_gpu, relative_error
@@ -74,22 +73,6 @@ def test_losses_match_the_release_on_a_gpu():
         test_sinkhorn_loss_matches_the_release(i, "cuda")
 
 
-def test_sinkhorn_without_unconditionals_has_no_guidance():
-    """Else alpha would multiply the attraction alone: a force where the distributions match."""
-    gen, pos, uncond, weight = random_case(G=6, P=6)
-    alpha = 1 + weight[:, 0]
-    for none in (uncond[:, :0], None):
-        assert drift.sinkhorn_loss(gen, pos, pos, none, alpha)[1]["force_0.05"] < 1e-10
-    assert drift.sinkhorn_loss(gen, pos, pos, uncond, alpha)[1]["force_0.05"] > 1e-3
-
-
-def test_many_iterations_with_few_targets_stay_finite():
-    gen, pos, uncond, weight = random_case(G=32, U=1)
-    args = (gen, gen.flip(0), pos, uncond, weight[:, 0])
-    exact = reference.sinkhorn_loss(*(a.double() for a in args), iterations=50)
-    assert relative_error(drift.sinkhorn_loss(*args, iterations=50)[0], exact) < 1e-5
-
-
 def test_closed_form_gradient_is_autograds():
     """In float64 the two agree to rounding: V is a constant in the gradient."""
     gen, pos, neg, weight = random_case(dtype=torch.float64)
@@ -113,44 +96,14 @@ def test_far_from_the_origin_no_digits_are_lost():
 
 def test_computed_in_float32_under_bfloat16():
     args = random_case()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = loss_and_grad(drift.drift_loss, *args)
-    outside = loss_and_grad(drift.drift_loss, *args)
-    assert torch.equal(inside[0], outside[0]) and torch.equal(inside[1], outside[1])
-    gen, pos, neg, weight = args
-    half = gen.bfloat16()
-    alpha = 1 + weight[:, 0]
-    for function, targets in [(drift.drift_loss, (pos, neg, weight)), (drift.drift_loss, (pos,)),
-                              (drift.sinkhorn_loss, (gen.flip(0), pos, neg, alpha))]:
-        loss, grad, _ = loss_and_grad(function, half, *targets)
+    half, pos, neg, weight = args[0].bfloat16(), *args[1:]
+    for function, targets in [
+            (drift.drift_loss, (pos, neg, weight)),
+            (drift.sinkhorn_loss, (half.flip(0), pos, neg, 1 + weight[:, 0]))]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss, grad, _ = loss_and_grad(function, half, *targets)
         assert loss.dtype == torch.float32 and grad.dtype == torch.bfloat16
         assert torch.equal(loss, loss_and_grad(function, half.float(), *targets)[0])
-
-
-def test_units_of_the_features_do_not_matter():
-    gen, pos, neg, weight = random_case()
-    cases = [(drift.drift_loss, (gen, pos, neg), weight),
-             (drift.sinkhorn_loss, (gen, gen.flip(0), pos, neg), 1 + weight[:, 0])]
-    for function, samples, weights in cases:
-        loss, grad, info = loss_and_grad(function, *samples, weights)
-        larger = loss_and_grad(function, *(1024 * x for x in samples), weights)
-        assert relative_error(larger[0], loss) < 2e-6
-        assert relative_error(1024 * larger[1], grad) < 1e-5
-        for name in info.keys() - {"scale"}:
-            assert larger[2][name].item() == pytest.approx(info[name].item(), rel=1e-5)
-
-
-def test_nothing_moves_when_the_distributions_match():
-    """Two draws of one distribution; a multiplier breaks the anti-symmetry, and makes a force."""
-    g = torch.Generator().manual_seed(0)
-    gen, pos = torch.randn(2, 1, 2000, 2, generator=g)
-
-    def force(pos, attraction=1.0):
-        info = drift.drift_loss(gen, pos, temperatures=(0.2,), attraction=attraction)[1]
-        return info["force_0.2"].item()
-
-    matched = force(pos)
-    assert matched < 0.02 * force(pos + 0.5) and matched < 0.05 * force(pos, attraction=1.5)
 
 
 def test_attraction_and_repulsion_are_multipliers_of_their_terms():
@@ -186,72 +139,6 @@ def test_attraction_and_repulsion_are_multipliers_of_their_terms():
                     expected[b, i] += c * (targets[b, j] - gen[b, i]) / step
         expected /= expected.square().mean().sqrt()
         assert relative_error(force, expected) < 1e-9, kernel
-    with pytest.raises(AssertionError, match="cosine"):
-        drift.drift_loss(gen, pos, kernel="cosine")
-
-
-@pytest.mark.parametrize("function", [drift.drift_loss, drift.sinkhorn_loss])
-def test_pieces_with_shared_sums_equal_the_whole(function):
-    """`reduce` adds up the sums of all pieces, as an all-reduce does: they train what one does."""
-    gen, pos, neg, weight = random_case(B=8)
-    args = (gen, pos, neg, weight)
-    if function is drift.sinkhorn_loss:
-        args = (gen, gen.flip(0), pos, neg, 1 + weight[:, 0])
-    whole, whole_grad, _ = loss_and_grad(function, *args)
-
-    def pieces(share):
-        """First all pieces' distances are added up, then, with these, all pieces' forces."""
-        totals = {}
-        for which in ("distance", "force", None):
-            partial = {}
-
-            def reduce(name, sums):
-                assert sums.dtype == torch.float64
-                if name in totals:
-                    return totals[name]
-                partial[name] = partial.get(name, 0) + sums
-                return sums
-
-            results = [loss_and_grad(function, *part, reduce=reduce)
-                       for part in zip(*(a.split([2, 5, 1]) for a in args))]
-            if share and which:
-                totals[which] = partial[which]
-        # A piece's gradient is of the mean over the piece; wanted is the mean over all.
-        grads = [grad * len(grad) / 8 for _, grad, _ in results]
-        return torch.cat([loss for loss, _, _ in results]), torch.cat(grads)
-
-    loss, grad = pieces(share=True)
-    assert relative_error(loss, whole) < 1e-6 and relative_error(grad, whole_grad) < 1e-5
-    _, local_grad = pieces(share=False)
-    assert relative_error(local_grad, whole_grad) > 1e-2  # what plain data parallelism would train
-
-
-def test_no_graph_over_the_pairs():
-    gen, pos, neg, weight = random_case(G=64, P=64, U=16, C=4)
-    saved = []
-
-    def record(tensor):
-        saved.append(tensor.shape)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-        drift.drift_loss(gen.requires_grad_(), pos, neg, weight)[0].mean().backward()
-    # The difference of samples and targets, its norms twice, and the unit.
-    assert sum(shape.numel() for shape in saved) < 2 * gen.numel()
-
-
-@pytest.mark.parametrize("field, options", [("drifting", {}), ("sinkhorn", {"iterations": 2})])
-def test_the_loss_compiles_without_graph_breaks(monkeypatch, field, options):
-    monkeypatch.setitem(drift.CHUNK_BYTES, "cpu", 5000)  # some chunks
-    stream = torch.Generator().manual_seed(0)
-    shapes = {"a": (4, 8), "b": (1, 32)}
-    gen, pos, uncond = ({name: torch.randn(2, n, *shape, generator=stream)
-                         for name, shape in shapes.items()} for n in (6, 5, 4))
-    args = (field, gen, gen, pos, uncond, torch.tensor([1.0, 2.0]))
-    compiled = torch.compile(drift.feature_loss, fullgraph=True, backend="eager")
-    total = compiled(*args, **options)[0]
-    assert total.item() == pytest.approx(drift.feature_loss(*args, **options)[0].item(), rel=1e-6)
-    torch._dynamo.reset()
 
 
 def test_what_would_be_wrong_in_silence_is_refused():
@@ -268,39 +155,6 @@ def test_what_would_be_wrong_in_silence_is_refused():
             drift.sinkhorn_loss(gen, gen2, pos, neg, alpha)
     with pytest.raises(AssertionError):
         drift.sinkhorn_loss(gen, gen, pos, iterations=0)
-
-
-def test_locations_are_entries_of_their_own():
-    """Sum over features of the mean over labels and locations: as a loop over locations gives."""
-    g = torch.Generator().manual_seed(0)
-    gen, pos, neg = ({"a": torch.randn(2, n, 3, 5, generator=g),
-                      "b": torch.randn(2, n, 1, 4, generator=g)} for n in (4, 6, 2))
-    alpha = torch.rand(2, generator=g) + 1
-    total, infos = drift.feature_loss("drifting", gen, None, pos, neg, alpha)
-    losses = {name: info["loss"] for name, info in infos.items()}
-    weight = (3 * (alpha - 1) / 2)[:, None].expand(-1, 2)
-    assert total.item() == pytest.approx(sum(losses.values()).item())
-    for name, f in gen.items():
-        places = [(label, t) for label in range(2) for t in range(f.shape[2])]
-        entries = [torch.stack([x[name][label, :, t] for label, t in places])
-                   for x in (gen, pos, neg)]
-        weights = torch.stack([weight[label] for label, _ in places])
-        expected = reference.drift_loss(*entries, weights).mean()
-        assert losses[name].item() == pytest.approx(expected.item(), rel=1e-5)
-
-
-def test_multi_scale_features_by_hand():
-    x = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
-    features = drift.multi_scale_features({"m": x})
-    assert set(features) == {"m", "m_mean", "m_std", "m_mean_2", "m_std_2"}  # 4 does not divide 6
-    a = x.numpy()
-    assert np.allclose(features["m"][1, 2 * 6 + 5], a[1, :, 2, 5])
-    assert np.allclose(features["m_mean"][0, 0], a[0].mean((1, 2)), atol=1e-6)
-    assert np.allclose(features["m_std"][0, 0], np.sqrt(a[0].var((1, 2)) + 1e-6), atol=1e-6)
-    patch = a[1, :, 2:4, 4:6]  # second row, third column of 2 x 2 patches
-    assert np.allclose(features["m_mean_2"][1, 1 * 3 + 2], patch.mean((1, 2)), atol=1e-6)
-    std = np.sqrt(patch.var((1, 2)) + 1e-6)
-    assert np.allclose(features["m_std_2"][1, 1 * 3 + 2], std, atol=1e-6)
 
 
 @pytest.mark.parametrize("power", [1, 3, 5])
@@ -342,25 +196,15 @@ def energy_by_loops(x, y):
 
 
 def test_energy_distance_by_loops(monkeypatch):
-    """Also in chunks, of bfloat16 features, and as a sum over parts of a batch."""
+    """Also in chunks, and as a sum over parts of a batch."""
     gen, pos, _, _ = random_case(B=5, G=4, P=6)
     pairs = np.array([energy_by_loops(x, y) for x, y in zip(gen.numpy(), pos.numpy())])
     expected = pairs[:, 0].sum() / pairs[:, 1].sum()
     assert drift.energy_distance(gen, pos).item() == pytest.approx(expected, rel=1e-5)
-    assert drift.energy_distance(gen.bfloat16(), pos).item() == pytest.approx(expected, rel=0.02)
     parts = drift.energy_sums(gen[:2], pos[:2]) + drift.energy_sums(gen[2:], pos[2:])
     assert (parts[0] / parts[1]).item() == pytest.approx(expected, rel=1e-5)
     monkeypatch.setitem(drift.CHUNK_BYTES, "cpu", 100)  # an entry a chunk
     assert drift.energy_distance(gen, pos).item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_energy_distance_is_zero_where_the_distributions_match():
-    g = torch.Generator().manual_seed(0)
-    gen, pos = (torch.randn(200, 16, 8, generator=g) for _ in range(2))
-    assert abs(drift.energy_distance(gen, pos)) < 0.01
-    assert drift.energy_distance(gen + 1, pos) > 0.2
-    assert drift.energy_distance(gen[:, :1], pos[:, :1]) == 2  # one sample has no pairs
-    assert not drift.energy_distance(gen.requires_grad_(), pos).requires_grad
 
 
 @pytest.mark.parametrize("experiment, field", [
@@ -386,13 +230,3 @@ def test_the_swiss_roll_is_drawn(tmp_path, monkeypatch, capsys):
         assert gif.n_frames > 40
     first, last = re.findall(r"-?\d\.\d+", capsys.readouterr().out.split("distance")[1])
     assert float(last) < 0.5 * float(first)
-
-
-def test_a_step_is_measured_with_nothing_at_hand(monkeypatch, capsys):
-    """`bench.py step`: train.py's own step on random data, with random encoders and their sizes."""
-    monkeypatch.setattr(bench, "matrix_product", lambda: 1.0)
-    bench.bench_step("digits", *"--labels 2 --gen 4 --pos 4 --uncond 2".split())
-    out = capsys.readouterr().out
-    assert "digits_encoder: 0.3M parameters" in out
-    tflop = float(re.search(r"a step: ([\d.e-]+) TFLOP", out)[1])
-    assert 1e-5 < tflop < 1e-3

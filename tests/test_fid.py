@@ -2,16 +2,12 @@
 
 tests/fixtures/inception holds random weights, images, and what the reference tools made of them.
 """
-import functools
-import hashlib
-import http.server
 import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
-import threading
 import zipfile
 
 import numpy as np
@@ -97,28 +93,7 @@ def test_features_and_logits(net, expected, size, resize, seen):
         assert torch.equal(prepared, (resized - 128) / 128)
 
 
-def test_features_do_not_depend_on_the_batch_and_grey_is_repeated(net, seen):
-    images = recipe.images(64)[:2]
-    one_by_one = [fid.inception_features(net, image[None]) for image in images]
-    assert relative(torch.cat(one_by_one), fid.inception_features(net, images).numpy()) < 1e-6
-    fid.inception_features(net, images[:1, :1])
-    fid.inception_features(net, images[:1, :1].repeat(1, 3, 1, 1))
-    assert torch.equal(seen[-1][0], seen[-2][0])
-    with pytest.raises(AssertionError, match="float32"):
-        fid.inception_features(net, images.float())
-
-
-def test_weights_are_strict_and_never_unpickled(net, expected, weights, tmp_path):
-    class Recorder(dict):
-        def __getitem__(self, key):
-            used.add(key)
-            return super().__getitem__(key)
-
-    used = {"fc.bias"}
-    watched = fid.load_inception(weights)
-    watched.weights = Recorder(watched.weights)
-    watched(torch.zeros(1, 3, 299, 299))
-    assert used | {"fc.weight"} == set(expected["keys"].tolist())
+def test_weights_of_another_inception_are_refused(net, weights, tmp_path):
     state = torch.load(weights, weights_only=True)
     plain = {key: x for key, x in state.items() if not key.endswith("num_batches_tracked")}
     torch.save(plain, tmp_path / "plain.pth")
@@ -126,23 +101,6 @@ def test_weights_are_strict_and_never_unpickled(net, expected, weights, tmp_path
     torch.save({**state, "fc.weight": torch.zeros(1000, 2048)}, tmp_path / "torchvision.pth")
     with pytest.raises(AssertionError, match="not the Inception"):
         fid.load_inception(tmp_path / "torchvision.pth")
-
-
-def test_download_is_hashed_and_kept(net, weights, tmp_path, monkeypatch, capsys):
-    """From a file:// address: refused with another hash than its name's, fetched once."""
-    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
-    right = hashlib.sha256(weights.read_bytes()).hexdigest()[:8]
-    for name in ("00000000", right):
-        source = tmp_path / f"net-{name}.pth"
-        shutil.copy(weights, source)
-        monkeypatch.setattr(fid, "INCEPTION_URL", source.as_uri())
-        if name != right:
-            with pytest.raises(RuntimeError, match="invalid hash"):
-                fid.load_inception()
-    fid.load_inception()
-    source.unlink()
-    assert torch.equal(fid.load_inception().fc, net.fc)
-    assert capsys.readouterr().out == ""  # where results alone belong
 
 
 # --------------------------------------------------------------------------------------------
@@ -230,72 +188,41 @@ def test_reference_files(tmp_path, eight_values, tool):
     assert extractor.resize == (resize or "half")
     assert np.array_equal(reference["mu"], MU) and np.array_equal(reference["sigma"], SIGMA)
     assert ("real" in reference) == (tool in ("adm", "ours"))
-    assert reference["ref"] == path.name
+    others = [stand_in("none", "encoder-0")]
     if resize:
-        other = {"tf1": "half", "half": "tf1"}[resize]
-        with pytest.raises(UsageError, match=f"resize {resize}; this run .* resize {other}"):
-            fid.open_reference(stand_in(other), path)
-    with pytest.raises(UsageError, match="made with features inception.* encoder-0"):
-        fid.open_reference(stand_in("none", "encoder-0"), path)
+        others.append(stand_in({"tf1": "half", "half": "tf1"}[resize]))
     if tool == "ours":  # of other weights
-        with pytest.raises(UsageError, match="features inception-0.* inception-1"):
-            fid.open_reference(stand_in("half", "inception-1"), path)
+        others.append(stand_in("half", "inception-1"))
+    for other in others:
+        with pytest.raises(UsageError, match="was made with features inception"):
+            fid.open_reference(other, path)
 
 
-@pytest.fixture
-def web(tmp_path, monkeypatch):
-    """Address of a server of the files in tmp_path/web, whose cache is tmp_path/hub."""
-    (tmp_path / "web/a").mkdir(parents=True)
-    (tmp_path / "web/b").mkdir()
-    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "web")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-
-
-def test_references_of_the_web(web, tmp_path, monkeypatch):
-    """Downloaded once; a name carries its resize; files of one name do not replace each other."""
-    file = tmp_path / "web/a/stats.npz"
-    np.savez(file, mu=MU, sigma=SIGMA)
-    np.savez(tmp_path / "web/b/stats.npz", ref_mu=MU + 1, ref_sigma=SIGMA)
-    monkeypatch.setitem(fid.REFERENCES, "jit256", (f"{web}/a/stats.npz", "tf1"))
-    whole = file.read_bytes()
-    file.write_bytes(whole[:300])
-    with pytest.raises(zipfile.BadZipFile):  # and is not kept
-        fid.open_reference(stand_in(), "jit256")
-    file.write_bytes(whole)
-    for _ in range(2):
-        extractor = stand_in()
-        reference = fid.open_reference(extractor, "jit256")
-        assert extractor.resize == "tf1" and np.array_equal(reference["mu"], MU)
-        file.unlink(missing_ok=True)
-    with pytest.raises(UsageError, match="resize tf1; this run has .* resize half"):
-        fid.open_reference(stand_in("half"), "jit256")
-    extractor = stand_in()
-    reference = fid.open_reference(extractor, f"{web}/b/stats.npz")
-    assert extractor.resize == "half" and reference["mu"][0] == 1
-    with pytest.raises(UsageError, match="--ref meanflow255: no such file, nor one of meanflow256"):
-        fid.open_reference(stand_in(), "meanflow255")
-
-    monkeypatch.chdir(tmp_path)  # an existing path goes before a name
-    np.savez("jit256", ref_mu=MU + 2, ref_sigma=SIGMA)
-    os.rename("jit256.npz", "jit256")
-    assert fid.open_reference(stand_in(), "jit256")["mu"][0] == 2
-
-
-def test_references_of_the_hub(run, tmp_path):
-    """By an address, from an empty cache; the published names are such addresses."""
-    np.savez(tmp_path / "s.npz", mu=np.zeros(64), sigma=np.eye(64), features="pixels",
+def test_references_that_are_downloaded(run, tmp_path, monkeypatch):
+    """Once, from the web by a name that says their resize, and from the Hub."""
+    np.savez(tmp_path / "s.npz", mu=MU, sigma=SIGMA)
+    file = (tmp_path / "s.npz").read_bytes()
+    np.savez(tmp_path / "ours.npz", mu=np.zeros(64), sigma=np.eye(64), features="pixels",
              resize="none")
-    with HubServer({"me/mine": {"stats/s.npz": (tmp_path / "s.npz").read_bytes()}}) as hub:
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    with HubServer({"me/mine": {"s.npz": file[:300]}}) as hub:
+        url = f"{hub.url}/me/mine/resolve/main/s.npz"
+        monkeypatch.setitem(fid.REFERENCES, "jit256", (url, "tf1"))
+        with pytest.raises(zipfile.BadZipFile):  # and is not kept
+            fid.open_reference(stand_in(), "jit256")
+        hub.add("me/mine", {"s.npz": file, "stats/s.npz": (tmp_path / "ours.npz").read_bytes()})
+        for _ in range(2):
+            extractor = stand_in()
+            reference = fid.open_reference(extractor, "jit256")
+            assert extractor.resize == "tf1" and np.array_equal(reference["mu"], MU)
+        assert hub.fetched == ["s.npz"] * 2
+        with pytest.raises(UsageError, match="resize tf1; this run has .* resize half"):
+            fid.open_reference(stand_in("half"), "jit256")
+
         environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
         command = [sys.executable, ROOT / "fid.py", "eval", "--images", "one.npz", "--features",
                    "pixels", "--ref", "hf://me/mine/stats/s.npz"]
         said = subprocess.run(command, cwd=run, env=environment, capture_output=True, text=True)
-        assert hub.fetched == ["stats/s.npz"]
     assert json.loads(said.stdout)["ref"] == "s.npz", said.stderr
 
 
@@ -320,15 +247,6 @@ def test_images_from_everywhere(tmp_path):
         count, read = fid.open_images(tmp_path / source)
         rows = read(range(count)).permute(0, 2, 3, 1).numpy()
         assert sorted(map(bytes, rows)) == sorted(map(bytes, IMAGES))
-
-
-def test_of_splits_train_is_taken(tmp_path, capsys):
-    for i, name in enumerate(("Training/b", "Training/a", "testing/a", "testing/b")):
-        (tmp_path / name).mkdir(parents=True)
-        Image.fromarray(np.full((4, 4, 3), i, np.uint8)).save(tmp_path / name / "0.png")
-    count, read = fid.open_images(tmp_path)
-    assert count == 2 and read([0, 1])[:, 0, 0, 0].tolist() == [1, 0]
-    assert "2 images of train" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("array", [
@@ -375,80 +293,14 @@ def command(run, monkeypatch, capsys):
     return call
 
 
-@pytest.mark.parametrize("features, ratio", [("encoder:enc", 0.8), ("pixels", 0.2)])
-def test_itself_other_images_and_noise(command, features, ratio):
-    """FD is 0 of a set against itself, less of images of the kind than of noise; never a FID."""
-    command(f"ref --data one.npz --features {features} --out new/one_stats.npz")
-    assert "181 images" in command.stdout
-    rows = {}
-    for name in ("one", "other", "noise"):
-        line = f"eval --images {name}.npz --ref new/one_stats.npz --features {features}"
-        [rows[name]] = command(line)
-        assert not {"fid", "is"} & rows[name].keys() and rows[name]["resize"] == "none"
-    assert abs(rows["one"]["fd"]) < 1e-6 and rows["one"]["num_images"] == 181
-    assert rows["one"]["precision"] == rows["one"]["recall"] == 1
-    assert 1e-6 < rows["other"]["fd"] < ratio * rows["noise"]["fd"]
-    assert rows["noise"]["precision"] < rows["other"]["precision"]
-
-
-def test_encoder_features_by_hand(run):
-    """The last map of the ResNet-MAE, ReLU, averaged."""
-    extractor = fid.Extractor(f"encoder:{run}/enc")
-    images = torch.from_numpy(np.array(prepare_data.Dataset(run / "digits").images[:3]))
-    with torch.no_grad():
-        last = extractor.net.features(images / 127.5 - 1)["layer2"]
-    assert torch.equal(extractor(images), last.clamp(min=0).mean(1))
-
-
-def test_sweep(command):
-    """One JSON line an alpha, each complete; one alpha alone, in other batches, gives the like."""
-    line = ("eval --ckpt gen --data one.npz --features encoder:enc --num_images 50 --seed 3 "
-            "--temperature 0.9 --cfg_scale ")
-    rows = command(line + "1 3 2")
-    assert len({row["fd"] for row in rows}) == 3
-    for row, alpha in zip(rows, [1, 3, 2]):
-        assert row.keys() == {"ckpt", "cfg_scale", "seed", "temperature", "num_images", "fd",
-                              "precision", "recall", "features", "resize", "ref"}
-        assert list(row.values())[:5] == ["gen", alpha, 3, 0.9, 50] and row["ref"] == "one.npz"
-    [row] = command(line + "3 --batch_size 7")
-    assert row.pop("fd") == pytest.approx(rows[1].pop("fd"), rel=1e-6) and row == rows[1]
-
-
-def test_where_precision_and_recall_come_from(command, run, monkeypatch):
-    """Features in our own file, images in ADM's, or --data beside it; else there are none."""
-    command("ref --data one.npz --features pixels --out own.npz")
-    own = dict(np.load(run / "own.npz"))
-    assert own["real"].shape == (181, 64) and own["num_images"] == 181
-    bare = dict(mu=own["mu"], sigma=own["sigma"], features="pixels", resize="none")
-    np.savez(run / "bare.npz", **bare)
-    np.savez(run / "adm.npz", **bare, arr_0=np.load(run / "one.npz")["arr_0"])
-    rows = {}
-    for ref in ("own.npz", "adm.npz", "bare.npz --data one.npz", "bare.npz"):
-        [rows[ref]] = command(f"eval --images other.npz --features pixels --ref {ref}")
-        assert rows[ref]["fd"] == rows["own.npz"]["fd"] and rows[ref]["ref"] == ref.split()[0]
-    assert "precision" not in rows.pop("bare.npz")
-    assert len({(row["precision"], row["recall"]) for row in rows.values()}) == 1
-    assert 0.5 < rows["own.npz"]["recall"] < 1
-
-    # No more than these, and of all classes.
-    monkeypatch.setattr(fid, "REAL_FOR_PRECISION", 20)
-    real = fid.open_reference(fid.Extractor("pixels"), data=run / "digits")["real"]
-    chosen = prepare_data.Dataset(run / "digits").images[[i * 1442 // 20 for i in range(20)]]
-    assert torch.equal(real, torch.from_numpy(chosen).flatten(1) / 127.5 - 1)
-
-
 def test_inception_scores(command, run, weights, monkeypatch):
     """The whole path, but that the network's features are pixels: an image would cost 0.3 s."""
     monkeypatch.setattr(fid.Inception, "__call__", lambda net, x: x.flatten(1)[:, ::130][:, :2048])
     np.savez(run / "real.npz", arr_0=IMAGES)
     command(f"ref --data real.npz --out stats.npz --resize half --inception {weights}")
-    before = torch.get_rng_state(), np.random.get_state()[1].copy()
     [row] = command(f"eval --ckpt gen --num_images 10 --inception {weights} --ref stats.npz")
-    assert torch.equal(before[0], torch.get_rng_state())
-    assert (before[1] == np.random.get_state()[1]).all()
     assert row["fid"] > 0 and row["is"] >= 1 and 0 <= row["recall"] <= 1
-    assert row["resize"] == "half" and row["ref"] == "stats.npz"  # as the reference says itself
-    assert "fewer than the features" in command.stderr
+    assert row["resize"] == "half"  # as the reference says itself
 
 
 def test_fd_dinov2(command, run):
@@ -467,44 +319,31 @@ def test_fd_dinov2(command, run):
     fake, real = cls.double().numpy().reshape(2, 9, -1)
     wanted = fid.frechet_distance(fake.mean(0), np.cov(fake.T), real.mean(0), np.cov(real.T))
     assert row["fd_dinov2"] == pytest.approx(wanted, rel=1e-4)
-    assert row["features"].startswith("dinov2-") and not {"fid", "fd"} & row.keys()
-    with pytest.raises(UsageError, match="made with features dinov2-.* this run has .*pixels"):
-        command("eval --images fake_rgb.npz --ref dinov2.npz --features pixels")
 
 
 def test_several_processes(command, run, tmp_path):
-    """Two: the rows' order, and the figures of one process, to the bit."""
+    """The figures of one process, to the bit; also with fewer batches than processes."""
     command("ref --data one.npz --features encoder:enc --out two.npz")
     lines = ["eval --ckpt gen --data other.npz --num_images 31 --cfg_scale 1 2",
-             "eval --images noise.npz --ref two.npz --num_images 31"]
+             "eval --images noise.npz --ref two.npz --num_images 31",
+             "eval --images noise.npz --ref two.npz --data other.npz --num_images 5"]
     lines = [line + " --features encoder:enc --batch_size 5" for line in lines]
-    counts = (1, 2, 5)  # fewer batches than processes, as many, more
     script = tmp_path / "script.py"
     script.write_text(f"""if True:
         import sys
         sys.path.insert(0, {str(ROOT)!r})
-        import torch, fid, model
-
-        def read(indices):
-            return torch.tensor(list(indices))[:, None, None, None].expand(-1, 1, 2, 2)
+        import fid, model
 
         def main():
             for line in {lines}:
                 fid.main(line.split())
-            pixels = fid.Extractor("pixels")
-            for count in {counts}:
-                rows = fid.gather_features(read, [10 * i for i in range(count)], pixels, 2)
-                print("rows", ((rows + 1) * 127.5).round().tolist())
         model.run_script(main)""")
     processes = ranks(2, script, cwd=run)
     said = [process.communicate(timeout=100)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     two = [json.loads(text) for text in said[0].splitlines() if text.startswith("{")]
-    assert two == [row for line in lines for row in command(line)] and len(two) == 3
+    assert two == [row for line in lines for row in command(line)] and len(two) == 4
     assert "{" not in said[1]
-    for text in said:
-        rows = [[[10.0 * i] * 4 for i in range(count)] for count in counts]
-        assert [x for x in text.splitlines() if x.startswith("rows")] == [f"rows {x}" for x in rows]
 
 
 def test_generated_images_are_those_of_the_protocol(run):
@@ -539,27 +378,9 @@ def test_neighbours_figures_by_hand(run, command):
         assert said[name].endswith(f"the same class {same.mean():6.1%} (worst class {worst:.1%}), "
                                    f"at distance {distances[-1]:.3f}")
     ratio = distances[0] / distances[1]
-    assert said["distance"] == f"distance to the training images {ratio:.3f} of the held-out images'"
+    assert f"training images {ratio:.3f} of the held-out images'" in said["distance"]
 
     picture = np.asarray(Image.open(run / "n.png"))
-    assert picture.shape == (20 * 82 - 2, 9 * 82 - 2, 3)
     nearest = train.images[((flat(samples)[5] - real) ** 2).sum(1).argmin()]
-    for image, left in ((samples[5], 0), (nearest, 82)):  # row 5: the sample, the nearest
-        tile = Image.fromarray(np.asarray(image[0])).resize((80, 80), Image.Resampling.BICUBIC)
-        assert np.array_equal(picture[5 * 82:5 * 82 + 80, left:left + 80, 0], np.asarray(tile))
-
-
-def test_other_channels_are_told(command, run, capsys):
-    """sample.py's grey PNGs come back as RGB, where grey data have one channel."""
-    sample.main(["--ckpt", str(run / "gen"), "--num_images", "20", "--out", str(run / "pngs")])
-    command("ref --data digits --features pixels --out channels.npz")
-    for ref in ("--data digits", "--ref channels.npz"):
-        with pytest.raises(RuntimeError):  # torch's
-            command(f"eval --images pngs {ref} --features pixels")
-        assert "[3 8 8] here, [1 8 8] in the reference" in capsys.readouterr().err
-
-
-def test_json_lines_are_json():
-    row = fid.json_line({"fd": float("nan"), "is": float("-inf"), "n": 3, "ref": "x"})
-    assert json.loads(row, parse_constant=pytest.fail) == {"fd": None, "is": None, "n": 3,
-                                                           "ref": "x"}
+    tile = Image.fromarray(nearest[0]).resize((80, 80), Image.Resampling.BICUBIC)
+    assert np.array_equal(picture[5 * 82:5 * 82 + 80, 82:162, 0], np.asarray(tile))

@@ -1,11 +1,6 @@
 """Latents: prepared by any number of processes, killed or not, and training on them."""
-import json
 import multiprocessing
-import os
-import shutil
-import socket
 import time
-from functools import partial
 
 import numpy as np
 import pytest
@@ -16,7 +11,7 @@ import drift
 import model
 import prepare_data
 import train
-from conftest import FIXTURES, relative_error, small_vae
+from conftest import FIXTURES, forked_ranks, relative_error, small_vae
 
 CONVNEXT = str(FIXTURES / "convnextv2_tiny")
 
@@ -25,9 +20,6 @@ CONVNEXT = str(FIXTURES / "convnextv2_tiny")
 def vae(tmp_path_factory):
     return small_vae(tmp_path_factory.mktemp("vae"))
 
-
-# --------------------------------------------------------------------------------------------
-# Preparing
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
@@ -79,9 +71,6 @@ def test_latents_are_drawn_anew_and_each_from_its_own_seed(prepared):
     ids = np.array([3, 50, 3, 77])
     mean, std = torch.from_numpy(data.images[ids]).float().chunk(2, 2)
     assert torch.equal(data.batch(ids), mean[:, 0])
-    x = data.batch(ids, np.random.default_rng(0))
-    assert torch.equal(x, data.batch(ids, np.random.default_rng(0)))
-    assert not torch.equal(x[0], x[2])
     draws = torch.stack([data.batch(ids, np.random.default_rng(i)) for i in range(400)])
     z = (draws - mean[:, 0]) / std[:, 0]
     assert abs(z.mean()) < 0.01 and abs(z.std() - 1) < 0.01
@@ -98,36 +87,19 @@ def test_latents_are_drawn_anew_and_each_from_its_own_seed(prepared):
 
 @pytest.fixture
 def start():
-    """Starts n processes of prepare_data.py, as torchrun does.
-
-    They are forks of a process that has imported everything and computed nothing.
-    """
+    """Starts n processes of prepare_data.py: forks of one that has imported everything."""
     processes = []
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_latents", "diffusers.models.autoencoders.autoencoder_kl"])
 
     def start(n, words):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        started = [context.Process(target=prepare_as_rank, args=(rank, n, port, words))
-                   for rank in range(n)]
-        for process in started:
-            process.start()
-        processes.extend(started)
-        return started
+        processes[:0] = forked_ranks(context, n, prepare_data.main, words)
+        return processes[:n]
 
     yield start
     for process in processes:
         process.kill()
         process.join()
-
-
-def prepare_as_rank(rank, n, port, words):
-    place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=n, RANK=rank,
-                 LOCAL_RANK=rank, LOCAL_WORLD_SIZE=n)
-    os.environ.update({key: str(value) for key, value in place.items()})
-    model.run_script(partial(prepare_data.main, words))
 
 
 @pytest.mark.parametrize("n", [1, 2])
@@ -160,53 +132,13 @@ def test_killed_and_resumed_on_another_number_of_processes(prepared, photos, vae
     assert (tmp_path / "train/images.bin").stat().st_ino == written  # it was not begun anew
 
 
-def test_a_broken_image_ends_both_processes_and_the_others_are_kept(photos, start, tmp_path):
-    source = shutil.copytree(photos, tmp_path / "src")
-    broken = source / "class3/107.png"
-    whole = broken.read_bytes()
-    broken.write_bytes(b"broken")
-    words = ["--data", str(source), "--size", "64", "--out", str(tmp_path / "out")]
-    for process in start(2, words):
-        process.join(60)
-        assert process.exitcode == 1
-    done = np.fromfile(tmp_path / "out/train.tmp/done", np.uint32)
-    assert (done == 0).sum() == 1
-    broken.write_bytes(whole)
-    prepare_data.main(words)
-    prepare_data.prepare(photos, tmp_path / "right", 64)
-    assert files_of(tmp_path / "out/train") == files_of(tmp_path / "right/train")
-
-
-# --------------------------------------------------------------------------------------------
-# Training
-
-@pytest.fixture
-def latents(tmp_path, monkeypatch):
-    """A prepared set of 8x8x4 latents, as prepare_data.py writes it, in the current folder."""
-    monkeypatch.chdir(tmp_path)
-    shape = (24, 2, 8, 8, 8)
-    (tmp_path / "data/train").mkdir(parents=True)
-    moments = np.random.default_rng(0).standard_normal(shape)
-    moments[:, :, 4:] = 0.1
-    moments.astype(np.float16).tofile("data/train/images.bin")
-    np.save("data/train/labels.npy", np.repeat([0, 1], 12))
-    meta = dict(kind="latents", dtype="float16", shape=shape, classes=["a", "b"],
-                images_per_class=[12, 12])
-    (tmp_path / "data/train/meta.json").write_text(json.dumps(meta))
-    return tmp_path
-
-
-def training(**options):
-    options = dict(data="data", out="run", model="XS", labels=2, gen=2, pos=4, uncond=0,
-                   reals="index", steps=1, warmup=1, device="cpu") | options
-    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
-
-
-def test_a_pixel_encoder_drives_a_generator_of_latents(latents, vae):
+def test_a_pixel_encoder_drives_a_generator_of_latents(prepared, vae, tmp_path):
     """The step's gradient is that of features of decoded samples; a run makes decoded pictures."""
-    words = training(vae=vae, encoder=CONVNEXT, gen=3, uncond=2)
+    words = (f"--data {prepared} --out {tmp_path} --vae {vae} --encoder {CONVNEXT} --model XS "
+             "--labels 2 --gen 3 --pos 4 --uncond 2 --reals index --steps 1 --device cpu").split()
     torch.manual_seed(0)
-    stage = train.GeneratorStage(train.parse(words), prepare_data.Dataset("data"))
+    data = prepare_data.Dataset(prepared)
+    stage = train.GeneratorStage(train.parse(words), data)
     torch.nn.init.normal_(stage.net.final_linear.weight, std=0.1)  # zero would hide everything
     batch = stage.batch(0)
     stage.backward(batch, 0, False)
@@ -231,5 +163,8 @@ def test_a_pixel_encoder_drives_a_generator_of_latents(latents, vae):
     assert relative_error(ours, stage.net.final_linear.weight.grad) < 1e-3
 
     train.main(words)
-    # Samples of 64x64 below names of 20 pixels.
-    assert Image.open("run/samples_00000001.png").size == (2 * 66 - 2, 20 + 8 * 66 - 2)
+    # Samples of 64x64 below names of 20 pixels, four classes.
+    assert Image.open(tmp_path / "samples_00000001.png").size == (4 * 66 - 2, 20 + 8 * 66 - 2)
+    data.meta["vae"] = "0" * 64
+    with pytest.raises(model.UsageError, match="not the VAE that made the latents"):
+        train.GeneratorStage(train.parse(words), data)

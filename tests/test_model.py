@@ -3,19 +3,16 @@ are on the Hub, and whoever edits a network can save and load it."""
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 
 import msgpack
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 import drift
 import model
-from conftest import (FIXTURES, ROOT, SMALL_GENERATOR, SMALL_MAE, convnext_of_transformers,
+from conftest import (FIXTURES, SMALL_GENERATOR, SMALL_MAE, convnext_of_transformers,
                       flax_array, nchw, old_vae, published, random_artifact, relative_error,
                       same_weights, small_vae)
 
@@ -91,9 +88,6 @@ def test_dinov2_matches_the_authors(tmp_path, file):
         expected = io[f"block_{i - 1}"].reshape(3, 48, 16)
         assert relative_error(features[f"dinov2_blk{i}"].mT, expected) < 1e-5
     assert {"dinov2_mean", "dinov2_std_2", "dinov2_blk1_std"} <= features.keys()
-    assert encoder.positions(5) is encoder.pos_embed  # at its own size it is used as it is
-    encoder.blocks = encoder.blocks[:1]  # of one block the quarters are the last map
-    assert not any("blk" in name for name in encoder.features(x))
     check_gradient(encoder, x[:1], step=1e-5)
 
 
@@ -141,11 +135,9 @@ def whole_step(mae_artifact, dtype):
 def test_whole_step_matches_the_release(mae_artifact):
     """Each feature's loss and the weights' gradients.
 
-    The fixture's encoder has 32 channels in 32 groups, so the mean and std of layer1 (a GroupNorm's
-    output) are constants, and those of conv1 nearly so: their distances are float32 rounding noise,
-    the release's own included. Hence layer1's two losses are left out, and gradients are compared
-    twice: with the release's, whose distance from the exact gradient is 1.4e-3, and with the same
-    step computed in float64.
+    The fixture's encoder has 32 channels in 32 groups: the mean and std of layer1, a GroupNorm's
+    output, are constants, whose distances are rounding noise, in the release too. Their two losses
+    are left out. The release's gradient is 1.4e-3 from the exact one, that of float64.
     """
     io, losses, grads = whole_step(mae_artifact, torch.float32)
     _, exact_losses, exact_grads = whole_step(mae_artifact, torch.float64)
@@ -210,8 +202,7 @@ def small_arguments():
 
 @pytest.mark.parametrize("head_channels", [0, 4])
 def test_fresh_generator_starts_at_zero_and_learns_everywhere(tmp_path, head_channels):
-    """adaLN-zero: the first output is 0; after steps on the zeroed layers, every parameter receives
-    a gradient. A head is added to what the patches are, and loaded by config.json."""
+    """The first output is 0; after some steps every parameter receives a gradient."""
     generator = small_generator(head_channels=head_channels)
     args = small_arguments()
     assert generator(*args).abs().max() == 0
@@ -243,15 +234,6 @@ def test_what_would_be_broadcast_in_silence_is_refused():
         small_generator()(noise, labels, alpha, styles[:, :1])
 
 
-def test_a_label_may_be_any_number(monkeypatch):
-    """A continuous condition is one function of the generator."""
-    net = small_generator()
-    monkeypatch.setattr(net, "embed_label", lambda labels: labels[:, None] * torch.ones(32))
-    _, labels, alpha, styles = small_arguments()
-    moved = net.condition(labels + 0.25, alpha, styles) - net.condition(labels, alpha, styles)
-    assert torch.allclose(moved, torch.full((6, 32), 0.25), atol=1e-5)
-
-
 ARGUMENTS = (torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
              torch.tensor([1, 2]), torch.tensor([1.0, 2.0]), torch.zeros(2, 3, dtype=torch.long))
 
@@ -268,33 +250,15 @@ def test_checkpointed_blocks_change_nothing():
 
 
 def test_encoder_takes_any_size_and_depth():
-    """Pixel models patchify; small images take fewer stages; every skip and the decoder follow."""
+    """Pixel models patchify; small images take fewer stages."""
     mae = model.MAE(in_channels=3, base_channels=8, layers=(1, 2), input_patch_size=2,
                     num_classes=4)
     x = torch.randn(2, 3, 16, 16)
     mask = (torch.rand(2, 4, 4) < 0.5).float()
-    recon, logits, _, _ = mae(x, mask, torch.tensor([0, 3]))
-    assert recon.shape == (2, 12, 8, 8) and logits.shape == (2, 4)
-    features = mae.features(x)
-    assert features["norm_x"].shape == (2, 1, 12)
-    assert features["layer2"].shape == (2, 16, 16)
-    assert features["layer2_blk2_mean_2"].shape == (2, 4, 16)
+    assert mae(x, mask, torch.tensor([0, 3]))[0].shape == (2, 12, 8, 8)
+    assert mae.features(x)["layer2_blk2_mean_2"].shape == (2, 4, 16)
     # (h w c) order inside a patch: channel 1 of second row, first column: (1 * 2 + 0) * 3 + 1
     assert torch.equal(mae.patchify(x)[:, 7], x[:, 1, 1::2, 0::2])
-
-
-def test_masked_positions_alone_count():
-    torch.manual_seed(0)
-    mae = model.MAE(in_channels=1, base_channels=8, layers=(1, 1), num_classes=2)
-    x, labels = torch.randn(3, 1, 8, 8), torch.tensor([0, 1, 1])
-    mask = torch.zeros(3, 4, 4)
-    mask[:, 1, 2] = 1
-    recon, _, error, _ = mae(x, mask, labels)
-    expected = (recon - x)[:, :, 2:4, 4:6].square().sum((1, 2, 3)) / 4
-    assert torch.allclose(error, expected)
-    changed = x.clone()
-    changed[:, :, 2:4, 4:6] += 1  # what is hidden cannot be seen
-    assert torch.equal(mae(changed, mask, labels)[0], recon)
 
 
 # --------------------------------------------------------------------------------------------
@@ -311,58 +275,25 @@ def test_own_checkpoint_round_trip(tmp_path):
     again = model.load_generator(tmp_path / "run")
     assert again.origin == generator.origin and not again.training
     assert model.latest_checkpoint(tmp_path / "run").name == "step_00001000"
-    digests = [model.digest(net.state_dict()) for net in (again, generator, mae)]
-    assert digests[0] == digests[1] != digests[2]
     folder = tmp_path / "run/step_00001000"
     for net in (again, model.Generator.from_pretrained(folder)):
         assert torch.equal(net(*ARGUMENTS), generator(*ARGUMENTS))
     with pytest.raises(model.UsageError, match="kind mae, not generator"):
         model.load_generator(tmp_path / "mae")
-    with pytest.raises(model.UsageError, match="no weights there"):
-        model.load_generator(tmp_path / "nothing")
 
 
-def test_weights_that_are_not_the_networks_are_refused(tmp_path):
-    net = model.load_generator(TINY)
-    for change in (lambda state: state.pop("alpha_norm.weight"),
-                   lambda state: state.update(extra=torch.zeros(3)),
-                   lambda state: state.update({"alpha_norm.weight": torch.zeros(7)})):
-        net.save_pretrained(tmp_path)
-        state = load_file(tmp_path / "model.safetensors")
-        change(state)
-        save_file(state, tmp_path / "model.safetensors")
-        for load in (model.load_generator, model.Generator.from_pretrained):
-            with pytest.raises(RuntimeError, match="alpha_norm.weight|extra"):
-                load(tmp_path)
-
-
-class Stranger(nn.Module, model.Pretrained):
-    """What somebody adds: buffers that no file holds, computed or drawn; a BatchNorm's counter."""
-
-    def __init__(self, width=4):
-        super().__init__()
-        self.in_channels = 3
-        self.conv = nn.Conv2d(3, width, 3)
-        self.norm = nn.BatchNorm2d(width)
-        self.register_buffer("mean", torch.tensor([0.4, 0.5, 0.6]), persistent=False)
-        drawn = torch.empty(width).normal_(generator=torch.Generator().manual_seed(0))
-        self.register_buffer("drawn", drawn, persistent=False)
-
-    def features(self, x):
-        x = self.norm(self.conv(x - self.mean[:, None, None]))
-        return {"map": x.flatten(2).mT * self.drawn}
-
-
-def test_a_new_encoder_is_a_class_and_an_entry(tmp_path, monkeypatch):
-    with pytest.raises(KeyError, match="Stranger"):
-        Stranger().save_pretrained(tmp_path / "unknown")
-    monkeypatch.setitem(model.ENCODERS, "stranger", Stranger)
-    x = torch.randn(4, 3, 8, 8)
-    net = Stranger(width=6)
-    net.features(x)  # moves the running statistics
-    net.eval().save_pretrained(tmp_path)
-    again = model.load_encoder(tmp_path)
-    assert torch.equal(again.features(x)["map"], net.features(x)["map"]) and not again.training
+@pytest.mark.parametrize("extra", [True, False])
+def test_weights_that_are_not_the_networks_are_refused(tmp_path, extra):
+    model.load_generator(TINY).save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    if extra:
+        state["extra"] = torch.zeros(3)
+    else:
+        del state["alpha_norm.weight"]
+    save_file(state, tmp_path / "model.safetensors")
+    for load in (model.load_generator, model.Generator.from_pretrained):
+        with pytest.raises(RuntimeError, match="alpha_norm.weight|extra"):
+            load(tmp_path)
 
 
 # --------------------------------------------------------------------------------------------
@@ -436,25 +367,6 @@ def test_flax_reader_knows_every_kind_of_leaf(tmp_path):
     assert np.array_equal(read["a.big"], big)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_loading_takes_little_more_memory_than_the_network(tmp_path):
-    """Under the names of `mae_latent_640`, of 0.24 GB, of which glibc wastes a fifth (of 1.7 GB it
-    takes 1.18 times the network). What keeps the file or the tree would take twice as much."""
-    random_artifact(tmp_path, "mae", base_channels=96)
-    code = f"""
-import re, sys
-sys.path.insert(0, {str(ROOT)!r})
-import model
-def peak():
-    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
-before = peak()
-net = model.load_encoder({str(tmp_path)!r})
-print((peak() - before) / sum(4 * p.numel() for p in net.parameters()))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert 1 < float(done.stdout) < 1.5
-
-
 def test_wflow_matches_its_release(tmp_path):
     """By the file, whose `model` and `optimizer` are not read, and saved again as ours."""
     io = np.load(WFLOW.parent / "io.npz")
@@ -495,8 +407,7 @@ def test_the_sd_vae_as_it_lies_on_the_hub(tmp_path, safetensors):
 
 
 def test_the_vae_is_diffusers_with_one_scale_a_chunk_at_a_time(tmp_path):
-    """Latents, images and the decoder's gradient; a chunk is one image on a CPU. The meta device,
-    which has shapes and nothing else, is any other."""
+    """Latents, images and the decoder's gradient; a chunk is one image on a CPU."""
     from diffusers import AutoencoderKL
     theirs = AutoencoderKL.from_pretrained(small_vae(tmp_path)).eval()
     ours = model.load_vae(tmp_path)
@@ -514,9 +425,7 @@ def test_the_vae_is_diffusers_with_one_scale_a_chunk_at_a_time(tmp_path):
     sizes = []
     ours.net.decoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     ours.decode(torch.zeros(3, 4, 2, 2))
-    ours.chunk = 4
-    assert ours.to("meta").decode(torch.zeros(10, 4, 2, 2, device="meta")).shape == (10, 3, 16, 16)
-    assert sizes == [1, 1, 1, 4, 4, 2]
+    assert sizes == [1, 1, 1]
 
 
 def test_what_is_no_sd_vae_is_refused(tmp_path):
@@ -547,31 +456,3 @@ def test_code_in_pickled_weights_is_not_run(tmp_path, monkeypatch):
 
 # --------------------------------------------------------------------------------------------
 # What all scripts share
-
-def test_a_file_or_a_folder_is_whole_or_not_there(tmp_path):
-    """What is killed while it writes leaves what was there before, and no hindrance."""
-    file, folder = tmp_path / "x.json", tmp_path / "step_00000001"
-    for content in ("first", "second"):
-        with model.whole(file) as partial:
-            partial.write_text(content)
-        with model.whole(folder) as partial:
-            partial.mkdir()
-            (partial / content).touch()
-        for path in (file, folder):
-            with pytest.raises(KeyboardInterrupt), model.whole(path) as partial:
-                partial.mkdir()
-                (partial / "half").touch()
-                raise KeyboardInterrupt
-        assert file.read_text() == content
-        assert [path.name for path in folder.iterdir()] == [content]
-
-
-def test_a_terminal_that_is_gone_ends_nothing():
-    class Gone:
-        def write(self, text):
-            raise OSError(5, "Input/output error")
-
-        def flush(self):
-            self.write("")
-    stream = model.LastingStream(Gone())
-    print("a line", file=stream, flush=True)

@@ -61,27 +61,13 @@ def test_an_image_depends_on_seed_and_index_alone(generator):
     assert (images - one_by_one).abs().max() < 1e-5  # of 2 / 255, a grey level
     part = sample.generate(generator, labels[[7, 3]], [7, 3])
     assert (part - images[[7, 3]]).abs().max() < 1e-5
-    for change in (dict(seed=1, indices=np.arange(12)), dict(indices=np.arange(12) + 12)):
-        other = sample.generate(generator, labels, **change)
-        assert (other - images).abs().mean() > 0.01
-    alphas = [1.0, 3.0] * 6  # one for each image
-    both = sample.generate(generator, labels, np.arange(12), alphas, batch_size=5)
-    assert (both[::2] - images[::2]).abs().max() < 1e-5
-    stronger = sample.generate(generator, labels, np.arange(12), 3.0)
-    assert (both[1::2] - stronger[1::2]).abs().max() < 1e-5
-
-
-def test_every_input_matters(generator):
-    base = sample.generate(generator, [3], [0])
-    for change in (dict(cfg_scale=3.0), dict(temperature=0.5), dict(labels=[4])):
-        options = dict(labels=[3], indices=[0]) | change
-        assert (sample.generate(generator, **options) - base).abs().mean() > 1e-3
-    noise, style = sample.image_noise(generator, 0, 0)
-    assert len(style.unique()) > 10  # drawn, not zeros
-    with torch.no_grad():
-        args = noise[None], torch.tensor([3]), torch.ones(1)
-        change = generator(*args, style[None]) - generator(*args, style[None].roll(1))
-    assert change.abs().mean() > 1e-3
+    same = dict(labels=labels, indices=np.arange(12))
+    for change in (dict(seed=1), dict(indices=np.arange(12) + 12), dict(cfg_scale=3.0),
+                   dict(temperature=0.5), dict(labels=(labels + 1) % 10)):
+        other = sample.generate(generator, **{**same, **change})
+        assert (other - images).abs().mean() > 1e-3
+    x = torch.tensor([-1.0, 1.0, 0.0, -2.0, 2.0, 2 * (100.999 / 255) - 1])
+    assert sample.to_uint8(x).tolist() == [0, 255, 127, 0, 255, 100]  # by floor
 
 
 def test_what_would_be_wrong_in_silence_is_refused(folder):
@@ -91,23 +77,6 @@ def test_what_would_be_wrong_in_silence_is_refused(folder):
     torch.nn.init.constant_(net.final_linear.bias, float("nan"))
     with pytest.raises(UsageError, match="NaN or Inf"):
         sample.generate(net, [0], [0])
-
-
-def test_labels_may_be_any_numbers(folder, monkeypatch):
-    """A continuous attribute reaches `embed_label` as it is."""
-    seen = []
-
-    def embed_label(self, labels):
-        seen.append(labels)
-        return labels[:, None] * self.class_embed.weight[0]
-    monkeypatch.setattr(model.Generator, "embed_label", embed_label)
-    images = sample.generate(model.load_generator(folder), [0.5, 0.75, 1.0], [0, 0, 0], batch_size=2)
-    assert torch.cat(seen).tolist() == [0.5, 0.75, 1.0] and images[0].ne(images[1]).any()
-
-
-def test_uint8_is_floor():
-    x = torch.tensor([-1.0, 1.0, 0.0, -2.0, 2.0, np.nan, np.inf, 2 * (100.999 / 255) - 1])
-    assert sample.to_uint8(x).tolist() == [0, 255, 127, 0, 255, 0, 255, 100]
 
 
 # --------------------------------------------------------------------------------------------
@@ -128,7 +97,6 @@ def test_grids_folders_and_files(generator, folder, tmp_path):
     assert sorted(os.listdir(tmp_path / "one")) == files
     for i, name in enumerate(files):
         assert np.array_equal(np.asarray(Image.open(tmp_path / "one" / name)), array[i, :, :, 0])
-    run("--ckpt", folder, "--out", tmp_path / "one", "--num_images", 5, "--seed", 1)
     assert sorted(os.listdir(tmp_path)) == ["g.png", "one", "x.npz"]  # no scratch is left
 
 
@@ -137,7 +105,7 @@ def test_labelled_rows_of_alphas(vae_folder, tmp_path):
     run("--ckpt", TINY, "--vae", vae_folder, "--classes", 3, "--num_images", 4, "--cfg_scale", 1, 3,
         "--batch_size", 3, "--out", tmp_path / "rows.png")
     grid = np.asarray(Image.open(tmp_path / "rows.png"))
-    side = 66           # 64 pixels and a gap of 2
+    side = 66  # 64 pixels and a gap of 2
     height = side + 20  # and a line of text
     assert grid.shape == (2 * height - 2, 4 * side - 2, 3)
     generator = model.load_generator(TINY)
@@ -152,11 +120,10 @@ def test_labelled_rows_of_alphas(vae_folder, tmp_path):
 
 def test_a_folder_with_other_images_is_refused(folder, tmp_path):
     """A score of 5 images over 8 earlier ones would count all of them."""
-    for n in (5, 8, 8):
+    for n in (5, 8):
         run("--ckpt", folder, "--out", tmp_path / "pngs", "--num_images", n)
-    for changed in (("--num_images", 5), ("--num_images", 8, "--classes", 3)):
-        with pytest.raises(UsageError, match="holds other images"):
-            run("--ckpt", folder, "--out", tmp_path / "pngs", *changed)
+    with pytest.raises(UsageError, match="holds other images"):
+        run("--ckpt", folder, "--out", tmp_path / "pngs", "--num_images", 5)
 
 
 def test_the_same_on_two_processes_and_refused_without_a_common_disk(folder, tmp_path):
@@ -208,13 +175,6 @@ def test_one_command_from_the_hub_to_a_grid(vae_folder, tmp_path):
     assert Image.open(tmp_path / "samples.png").size == (2 * 66 - 2, 20 + 2 * 66 - 2)
 
 
-def test_pixels_need_no_diffusers(folder, tmp_path):
-    code = ("import sys; sys.path.insert(0, sys.argv.pop(1)); import sample; sample.main(); "
-            "assert 'diffusers' not in sys.modules")
-    command = [sys.executable, "-c", code, ROOT, "--ckpt", folder, "--num_images", "1"]
-    subprocess.run(command, cwd=tmp_path, check=True)
-
-
 def test_classes_have_names(folder, generator, tmp_path):
     """The generator of digits as one of animals, which has seen a class called 3."""
     named = tmp_path / "named"
@@ -229,16 +189,5 @@ def test_classes_have_names(folder, generator, tmp_path):
         wanted = enlarged(tile).astype(int)
         assert np.abs(grid[20:, column * 82:][:, :80, 0] - wanted).max() <= 1
         assert (grid[:18, column * 82:][:, :80] < 128).any()
-    run("--ckpt", named, "--num_images", 10, "--out", tmp_path / "all.png")
-    numbers = [str(number) for number in range(1, 11)]  # here 0 could only be the class called 1
-    assert sample.class_numbers(["1", "10"], numbers) == [0, 9]
-    with pytest.raises(UsageError, match="--classes 0: this generator knows 1, 2, 3"):
-        sample.class_numbers(["0"], numbers)
-
-
-def test_another_vae_than_that_of_training_is_refused(vae_folder, tmp_path):
-    net = model.load_generator(TINY)
-    net.origin = {"vae": "0" * 64}
-    net.save_pretrained(tmp_path / "g")
-    with pytest.raises(UsageError, match="VAE"):
-        run("--ckpt", tmp_path / "g", "--vae", vae_folder, "--out", tmp_path / "x.png")
+    with pytest.raises(UsageError, match="this generator knows 1, 2, 3"):  # is it 0 or 1?
+        sample.class_numbers(["0"], ["1", "2", "3"])

@@ -1,19 +1,16 @@
 """train.py by running it: small runs that are stopped, killed, resumed, split up and edited."""
-import functools
 import glob
 import json
 import math
+import multiprocessing
 import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
-from stat import S_ISDIR
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,7 +24,7 @@ import model
 import prepare_data
 import sample
 import train
-from conftest import ROOT, needs_gpu, relative_error
+from conftest import ROOT, forked_ranks, needs_gpu, relative_error
 from model import UsageError
 
 ENCODER = dict(
@@ -109,7 +106,8 @@ def weights(run, step=6):
     """All tensors of a checkpoint: in training, their average, the optimizer's."""
     folder = Path(f"{run}/step_{step:08d}")
     state = torch.load(folder / "train_state.pt", weights_only=True)
-    tensors = {f"ema.{name}": x.clone() for name, x in load_file(folder / "model.safetensors").items()}
+    averaged = load_file(folder / "model.safetensors")
+    tensors = {f"ema.{name}": x.clone() for name, x in averaged.items()}
     tensors |= {f"net.{name}": x for name, x in state["net"].items()}
     for k, optimizer in enumerate(state["optimizers"]):
         for i, slots in optimizer["state"].items():
@@ -173,7 +171,7 @@ def test_resuming_on_other_data_or_another_encoder_is_refused(home, capsys):
         with pytest.raises(UsageError, match="trained on other data"):
             start(GENERATOR, out="runs/other", steps=steps, data="data/other", labels=2)
     start(GENERATOR, out="runs/other", steps=2, lr=1e-4)  # what people resume for
-    assert "runs/other was trained with --lr 0.001, now 0.0001" in capsys.readouterr().err
+    assert "was trained with --lr 0.001, now 0.0001" in capsys.readouterr().err
 
 
 def test_one_run_a_folder(home):
@@ -192,63 +190,6 @@ def test_one_run_a_folder(home):
     start(GENERATOR)  # has its steps already
     holder.communicate()
     start(GENERATOR, out="runs/locked", steps=1)
-
-
-def test_bfloat16_trains_and_resumes(home):
-    """Also on a CPU; a run goes on in the other type, as the encoder is the same."""
-    start(GENERATOR, out="runs/bf16", steps=2, bf16=True)
-    start(GENERATOR, out="runs/bf16", steps=4, bf16=True)
-    start(GENERATOR, out="runs/bf16", steps=5)
-    assert all(math.isfinite(row["norm"]) for row in log("runs/bf16"))
-
-
-def test_buffers_are_copied_and_unused_parameters_stay(home, monkeypatch):
-    """As a batch norm, or a table that a new condition has no use for."""
-    initialise = model.Generator._initialise
-
-    def count(net, args):
-        net.count += net.training
-
-    def add(net):
-        initialise(net)
-        net.unused = torch.nn.Parameter(torch.ones(3))
-        net.register_buffer("count", torch.zeros(()))
-        net.register_forward_pre_hook(count)
-
-    monkeypatch.setattr(model.Generator, "_initialise", add)
-    start(GENERATOR, out="runs/buffers", steps=3, save_every=3)
-    tensors = weights("runs/buffers", 3)
-    assert tensors["net.count"] == tensors["ema.count"] == 3
-    assert torch.equal(tensors["net.unused"], torch.ones(3))
-
-
-def test_a_file_system_without_locks_syncs_and_deletion(home, monkeypatch, capsys):
-    """Lustre, CIFS, NFS: what they cannot do is said once or dropped, and the run goes on."""
-    import fcntl
-
-    def fails(*args, **options):
-        raise OSError(38, "Function not implemented")
-    monkeypatch.setattr(fcntl, "flock", fails)
-    sync = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda handle: fails() if S_ISDIR(os.fstat(handle).st_mode)
-                        else sync(handle))
-    monkeypatch.setattr(os, "rmdir", fails)  # step_1 cannot be deleted
-    start(GENERATOR, out="runs/odd", steps=3, save_every=1)
-    assert capsys.readouterr().err.count("cannot be locked") == 1
-    assert os.path.isfile("runs/odd/step_00000003/model.safetensors")
-
-
-def test_without_what_windows_lacks(home):
-    """fcntl, resource and two signals: the scripts train and sample without."""
-    code = ("import ctypes, filelock, signal, sys\n"
-            "sys.modules['fcntl'] = sys.modules['resource'] = None\n"
-            "del signal.SIGHUP, signal.SIGUSR1\n"
-            "import model, sample, train\n"
-            "model.GENERATOR_SIZES['XS'] = dict(hidden_size=32, depth=1, num_heads=2)\n"
-            f"train.main({words(GENERATOR, out='runs/windows', steps=1)})\n"
-            "sample.main('--ckpt runs/windows --num_images 4 --out windows.png'.split())\n")
-    subprocess.run([sys.executable, "-c", code], check=True,
-                   env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 # --------------------------------------------------------------------------------------------
@@ -295,9 +236,6 @@ def test_queues_follow_from_the_step(home):
     steps = [stage.batch(step) for step in range(6)]
     assert_same(train.GeneratorStage(args, digits()).batch(5), steps[5])
     assert_same(stage.batch(2), steps[2])
-    queue = stage.queue_after(5, args.push)
-    newest = digits().fresh(5 * args.push, args.push, args.seed)
-    assert list(queue.of_any)[-args.push:] == newest.tolist()
 
 
 def test_features_of_unchanging_reals_are_kept(home):
@@ -320,19 +258,6 @@ def test_features_of_unchanging_reals_are_kept(home):
         assert relative_error(grad, results[1][1]) < 1e-4
 
 
-def test_pixel_reals_are_cropped_and_mirrored(home):
-    """--crop_scale gives other views of the same images, in [-1, 1], and changes nothing else."""
-    plain, cropped = [
-        train.GeneratorStage(parsed(GENERATOR, crop_scale=scale), digits()).batch(0)
-        for scale in (1, 0.2)]
-    for name in ("labels", "alpha", "noise", "styles"):
-        assert torch.equal(plain[name], cropped[name])
-    assert cropped["reals"].shape == plain["reals"].shape
-    assert cropped["reals"].abs().max() <= 1
-    distance = (cropped["reals"] - plain["reals"]).square().mean((2, 3, 4))
-    assert (distance > 1e-3).float().mean() > 0.9
-
-
 def test_encoder_of_latents_from_pixels(home, monkeypatch):
     """What an image becomes (crop, mirror, draw of its latents) depends on seed and step alone."""
     def encode(x):
@@ -348,57 +273,21 @@ def test_encoder_of_latents_from_pixels(home, monkeypatch):
     monkeypatch.setattr(prepare_data.Dataset, "batch", enlarged)
     data = digits()
     data.shape = (1, 32, 32)
-    args = parsed(ENCODER, crop_scale=0.2, to_latents=True)
-    stage = train.EncoderStage(args, data)
+    stage = train.EncoderStage(parsed(ENCODER, crop_scale=0.2, to_latents=True), data)
     whole = stage.batch(1)
     halves = []
     monkeypatch.setattr(train, "world_size", lambda: 2)
     for rank in (0, 1):
         monkeypatch.setattr(train, "get_rank", lambda: rank)
-        halves.append(train.EncoderStage(args, data).batch(1))
-    assert stage.net.in_channels == 4
+        halves.append(stage.batch(1))
     assert whole["x"].shape == (16, 4, 4, 4)
     for name, x in whole.items():
         assert torch.equal(x, torch.cat([half[name] for half in halves]))
     noise = whole["x"][:, 0] - whole["x"][:, 1]  # of two channels with one mean
     assert noise.std() == pytest.approx(0.1 * 2**0.5, rel=0.2)
-    stage.backward(whole, 1, False)
-
-
-def test_mask_hides_half(home):
-    mask = train.EncoderStage(parsed(ENCODER, batch_size=512), digits()).batch(0)["mask"]
-    assert mask.shape == (512, 4, 4)
+    mask = whole["mask"]
     assert set(mask.unique().tolist()) == {0.0, 1.0}
-    assert mask.mean().item() == pytest.approx(0.5, abs=0.03)
-
-
-def test_networks_compile_without_graph_breaks():
-    net = model.Generator(8, 1, patch_size=4, num_classes=10, **SMALL).train()
-    net.checkpoint_blocks = True
-    inputs = (torch.randn(4, 1, 8, 8), torch.arange(4), torch.ones(4),
-              torch.zeros(4, 32, dtype=torch.long))
-    mae = model.MAE(1, 16, (1,), num_classes=10).eval()
-    convnext = model.ConvNeXtV2((1, 1), (8, 16)).eval()
-    cases = [(net.forward, inputs), (mae.features, inputs[:1]),
-             (convnext.features, (torch.randn(2, 3, 32, 32),))]
-    for function, args in cases:
-        torch._dynamo.reset()
-        graphs = torch._dynamo.explain(function)(*args)
-        assert (graphs.graph_count, graphs.graph_break_count) == (1, 0), graphs.break_reasons
-    torch._dynamo.reset()
-
-
-@needs_gpu
-def test_no_gradient_waits_for_the_gpu(home):
-    args = train.parse(words(INDEX, device="cuda"))
-    stage = train.GeneratorStage(args, digits())
-    stage.net.to("cuda")
-    for step in range(3):
-        torch.cuda.set_sync_debug_mode("error" if step else "default")
-        try:
-            stage.backward(stage.batch(step), step, False)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    assert mask.mean().item() == pytest.approx(0.5, abs=0.1)
 
 
 @needs_gpu
@@ -456,56 +345,15 @@ def test_steps_that_are_not_finite_are_skipped(home, monkeypatch, capsys):
     start(options, steps=4)
     assert_same(weights("runs/nan", 3), weights("runs/nan", 4))
     assert "step 4 skipped" in capsys.readouterr().err
-    start(options)
-    start(options, out="runs/nan_straight")
-    assert_same(weights("runs/nan_straight"), weights("runs/nan"))
-    assert not torch.equal(weights("runs/nan")["net.pos_embed"],
+    start(options, steps=5)
+    assert not torch.equal(weights("runs/nan", 4)["net.pos_embed"],
                            weights("runs/nan", 5)["net.pos_embed"])
     spoilt.update(range(6, 100))
-    with pytest.raises(UsageError, match="10 steps in a row were not finite.*lower --lr"):
+    with pytest.raises(UsageError, match="10 steps in a row were not finite"):
         start(options, steps=30)
-
-
-def test_weights_that_are_not_finite_are_not_saved(home):
-    with pytest.raises(UsageError, match="not finite|NaN"):
+    with pytest.raises(UsageError, match="not finite|NaN"):  # weights, which are not saved
         start(GENERATOR, out="runs/diverged", lr=1e30, warmup=0, steps=30, save_every=1)
     assert not glob.glob("runs/diverged/step_*")
-
-
-def test_the_log_explains_a_run(home):
-    """Losses, forces and energy distances by feature; seconds a step."""
-    line = log("runs/g")[-1]
-    losses = [row[0] for row in line["features"].values()]
-    assert sum(losses) == pytest.approx(line["loss"], rel=1e-5)
-    assert len(losses) > 10
-    assert {len(row) for row in line["features"].values()} == {5}  # loss, scale, three forces
-    assert line["seconds_a_step"] > 0
-    energy = list(line["energy"].values())
-    assert line["energy"].keys() == line["features"].keys()
-    assert line["energy_distance"] == pytest.approx(np.mean(energy), rel=1e-5)
-    assert 0 < line["energy_distance"] < 3
-
-
-# --------------------------------------------------------------------------------------------
-# Checkpoints and evaluation
-
-def test_a_checkpoint_needs_no_flags(home):
-    assert_same(model.load_generator("runs/g").state_dict(),
-                load_file("runs/g/step_00000006/model.safetensors"))
-    assert model.load_generator("runs/g").origin["classes"] == [str(c) for c in range(10)]
-    kept = sorted(name for name in os.listdir("runs/g") if name.startswith("step_"))
-    assert kept == ["step_00000003", "step_00000006"]
-
-
-def test_weights_have_the_mode_that_the_umask_asks_for(home):
-    before = os.umask(0o027)
-    try:
-        start(GENERATOR, out="runs/mode", steps=1, eval_every=1, eval_images=20,
-              eval_features="pixels")
-    finally:
-        os.umask(before)
-    for path in glob.glob("runs/mode/[sb]*/*"):
-        assert os.stat(path).st_mode & 0o777 == 0o640, path
 
 
 def test_evaluation_inside_training(home):
@@ -520,94 +368,43 @@ def test_evaluation_inside_training(home):
     images = fid.generated(model.load_generator("runs/evaluated"))
     again = fid.evaluate(images, 120, extractor, reference)
     assert again["fd"] == pytest.approx(rows[-1]["fd"], rel=1e-6)
-    best = json.loads((home / "runs/evaluated/best/score.json").read_text())
+    best = json.loads(Path("runs/evaluated/best/score.json").read_text())
     assert best["score"] == min(row["fd"] for row in rows[1:])
-    model.load_generator("runs/evaluated/best")
 
 
 # --------------------------------------------------------------------------------------------
 # Presets
 
 # The paper's table: model, labels, G, P, U, alpha's power and share of ones, learning rate, weight
-# decay, warm-up, steps, float32 attention, millions of parameters.
+# decay, warm-up, steps, float32 attention.
 PAPER = {
-    "latent_ablation": ("B", 64, 64, 64, 16, 3, 0, 2e-4, 0.01, 5000, 30000, True, 133),
-    "latent_B": ("B", 128, 64, 64, 32, 5, 0, 4e-4, 0, 10000, 200000, False, 133),
-    "latent_L": ("L", 128, 64, 64, 32, 3, 0.5, 4e-4, 0.01, 10000, 200000, False, 463),
-    "pixel_B": ("B", 128, 64, 128, 32, 5, 0, 2e-4, 0.01, 10000, 100000, True, 134),
-    "pixel_L": ("L", 128, 64, 128, 32, 5, 0, 4e-4, 0.01, 10000, 100000, True, 464),
-    "wflow_ablation": ("B", 64, 64, 64, 16, 3, 0, 2e-4, 0.01, 5000, 30000, True, 133),
-    "wflow_B": ("B", 128, 64, 64, 32, 5, 0, 4e-4, 0, 10000, 200000, False, 133),
-    "wflow_L": ("L", 128, 64, 64, 32, 3, 0.5, 4e-4, 0.01, 10000, 200000, False, 463),
-    "wflow_XL": ("XL", 128, 64, 128, 32, 4, 0.2, 3e-4, 0.01, 10000, 200000, False, 679),
+    "latent_ablation": ("B", 64, 64, 64, 16, 3, 0, 2e-4, 0.01, 5000, 30000, True),
+    "latent_B": ("B", 128, 64, 64, 32, 5, 0, 4e-4, 0, 10000, 200000, False),
+    "latent_L": ("L", 128, 64, 64, 32, 3, 0.5, 4e-4, 0.01, 10000, 200000, False),
+    "pixel_B": ("B", 128, 64, 128, 32, 5, 0, 2e-4, 0.01, 10000, 100000, True),
+    "pixel_L": ("L", 128, 64, 128, 32, 5, 0, 4e-4, 0.01, 10000, 100000, True),
+    "wflow_ablation": ("B", 64, 64, 64, 16, 3, 0, 2e-4, 0.01, 5000, 30000, True),
+    "wflow_B": ("B", 128, 64, 64, 32, 5, 0, 4e-4, 0, 10000, 200000, False),
+    "wflow_L": ("L", 128, 64, 64, 32, 3, 0.5, 4e-4, 0.01, 10000, 200000, False),
+    "wflow_XL": ("XL", 128, 64, 128, 32, 4, 0.2, 3e-4, 0.01, 10000, 200000, False),
 }
-# The other field's: regularisation, iterations, samples pushed a step by all of its hosts.
-WFLOW = {"ablation": (0.05, 10, 512), "B": (0.05, 10, 8192), "L": (0.05, 1, 8192),
-         "XL": (0.01, 1, 8192)}
-# Width, steps, steps with a classifier, channels.
-PAPER_ENCODERS = {
-    "mae_latent_256": (256, 30000, 0, 4),
-    "mae_latent_640": (640, 200000, 3000, 4),
-    "mae_pixel_640": (640, 200000, 3000, 3),
-}
-
-
-@pytest.fixture
-def imagenet(monkeypatch):
-    """data(preset) -> the shape of a preset's data; networks are built without memory."""
-    monkeypatch.setattr(train, "open_vae", lambda *args: None)
-    monkeypatch.setattr(train, "open_encoder", lambda *args: SimpleNamespace(in_channels=4))
-
-    def data(latents):
-        shape = (4, 32, 32) if latents else (3, 256, 256)
-        return SimpleNamespace(kind="latents" if latents else "pixels", shape=shape, meta={},
-                               num_classes=1000, images=SimpleNamespace(nbytes=1 << 40))
-    return data
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_presets_are_the_papers_recipes(imagenet, name):
+def test_presets_are_the_papers_recipes(name):
     args = train.parse(["--preset", name, "--device", "cpu"])
     row = (args.model, args.labels, args.gen, args.pos, args.uncond, args.alpha_power,
            args.alpha_fixed, args.lr, args.weight_decay, args.warmup, args.steps, args.attn_fp32)
-    assert row == PAPER[name][:-1]
+    assert row == PAPER[name]
     shared = (args.clip, args.ema_decay, args.reals, args.flip, args.cooldown)
     assert shared == (2.0, 0.999, "queue", True, 0)
-    if name.startswith("wflow"):
-        row = (args.entropic_reg, args.iterations, args.push)
-        assert (args.field, row) == ("sinkhorn", WFLOW[name[6:]])
-    else:
-        row = (args.field, args.kernel, args.attraction, args.repulsion)
-        assert row == ("drifting", "both", 1, 1)
+    assert args.field == ("sinkhorn" if name.startswith("wflow") else "drifting")
     pixels = name.startswith("pixel")
     assert args.crop_scale == (0.2 if pixels else 1)
     width = 256 if name.endswith("ablation") else 640
     convnext = ["hf://facebook/convnextv2-base-22k-224"] if pixels else []
     assert args.encoder == [f"hf://mae_{'pixel' if pixels else 'latent'}_{width}", *convnext]
-    with torch.device("meta"):
-        net = train.GeneratorStage(args, imagenet(not pixels)).net
-    assert round(sum(p.numel() for p in net.parameters()) / 1e6) == PAPER[name][-1]
-    assert (net.input_size // net.patch_size) ** 2 == 256
-
-
-@pytest.mark.parametrize("name", PAPER_ENCODERS)
-def test_presets_are_the_papers_encoders(imagenet, name):
-    args = train.parse(["--preset", name, "--device", "cpu"])
-    with torch.device("meta"):
-        net = train.EncoderStage(args, imagenet(False)).net
-    row = (args.base_channels, args.steps, args.cls_steps, net.in_channels)
-    assert row == PAPER_ENCODERS[name]
-    assert args.layers == [3, 4, 6, 3]
-    shared = (args.batch_size, args.lr, args.warmup, args.weight_decay, args.clip,
-              args.ema_decay, args.crop_scale)
-    assert shared == (8192, 4e-3, 4000, 0.01, 2.0, 0.9995, 0.2)
-
-
-def test_the_day_on_one_gpu_differs_from_the_ablation_in_few_options():
-    ablation = train.PRESETS["latent_ablation"]
-    day = train.PRESETS["latent_day"]
-    different = {key for key in day if day[key] != ablation.get(key)}
-    assert different == {"labels", "push", "checkpoint_blocks", "steps"}
+    assert args.patch_size == (16 if pixels else 2)
 
 
 @pytest.mark.parametrize("name", train.PRESETS)
@@ -626,7 +423,7 @@ def test_presets_are_made_of_options(name):
 @pytest.mark.parametrize("counts", [
     {"cat": 5, "dog": 1, "emu": 9}, {"only": 5}, {f"c{i}": 1 + i % 2 for i in range(200)}],
     ids=["unbalanced", "one class", "200 classes"])
-def test_small_goes_from_images_to_grids(home, tmp_path, monkeypatch, capsys, counts):
+def test_small_goes_from_images_to_grids(home, tmp_path, monkeypatch, counts):
     """--preset small: data, encoder, generator and pictures."""
     monkeypatch.chdir(tmp_path)
     write_images(tmp_path / "mine", counts)
@@ -638,13 +435,9 @@ def test_small_goes_from_images_to_grids(home, tmp_path, monkeypatch, capsys, co
     assert prepare_data.Dataset("data/mine").meta["classes"] == list(counts)
     assert [row["step"] for row in log("runs/mine_encoder")] == [1, 2]
     state = torch.load("runs/mine/step_00000002/train_state.pt", weights_only=True)
-    options = state["options"]
-    assert options["patch_size"] == 4 and len(state["net"]["class_embed.weight"]) == len(counts)
+    assert len(state["net"]["class_embed.weight"]) == len(counts)
     with Image.open("runs/mine/samples_00000002.png") as grid:
-        assert grid.height > 8 * 8 and grid.width >= min(len(counts), 10) * 8
-    assert "small_encoder is trained first" in capsys.readouterr().err
-    train.main(line)
-    assert "runs/mine/step_00000002 is there already" in capsys.readouterr().err
+        assert grid.width == min(len(counts), 10) * 82 - 2
 
 
 def test_a_source_is_not_prepared_into_somebodys_images(tmp_path, monkeypatch):
@@ -655,55 +448,26 @@ def test_a_source_is_not_prepared_into_somebodys_images(tmp_path, monkeypatch):
         assert train.prepared(SimpleNamespace(data=source, size=8)) == "data/mine_prepared"
         assert os.listdir("data/mine") == ["cat"]
         shutil.rmtree("data/mine_prepared")
-
-
-@pytest.mark.parametrize("preset, remedy", [
-    ("latent_ablation", "latents"), ("mae_pixel_640", "pixels")])
-def test_missing_data_are_told_how_to_be_made(tmp_path, monkeypatch, preset, remedy):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=f"prepare_data.py {remedy} --data SOURCE --size 256"):
-        train.main(["--preset", preset])
-
-
-def test_an_own_folder_goes_before_the_built_in_digits(tmp_path, monkeypatch):
-    """But for `--preset digits`, which never takes somebody's images."""
-    monkeypatch.chdir(tmp_path)
-    write_images(tmp_path / "digits", {"0": 2, "1": 2})
-    own = train.prepared(SimpleNamespace(data="digits", size=8))
-    assert len(prepare_data.Dataset(own)) == 4
-    with pytest.raises(UsageError):
+    prepare_data.prepare("mine.zip", "data/digits", 8)
+    with pytest.raises(UsageError, match="other images"):  # they are not taken for digits
         train.prepared(train.parse(["--preset", "digits"]))
-    shutil.rmtree(own)
-    embedded = train.prepared(train.parse(["--preset", "digits"]))
-    assert len(prepare_data.Dataset(embedded)) == 1442
 
 
-def test_init_from_goes_by_the_names_of_classes(home, tmp_path, capsys, monkeypatch):
-    """What belongs to a class both have is copied; a class that is new starts anew, and is said."""
-    images = np.random.default_rng(0).integers(0, 256, (27, 8, 8), np.uint8)
-    arrays = {"train": (images, np.arange(27) % 3)}
-    with monkeypatch.context() as patch:
-        patch.setattr(prepare_data, "open_source",
-                      lambda _: prepare_data.from_arrays(arrays, ["3", "new", "9"]))
-        prepare_data.prepare("mine", tmp_path / "data")
-    classes = prepare_data.Dataset(tmp_path / "data").meta["classes"]
-    for run, options in (("runs/e", ENCODER), ("runs/g", GENERATOR)):
-        source = load_file(f"{run}/step_00000006/model.safetensors")
-        start(options, data=tmp_path / "data", init_from=run, out=tmp_path / "r", steps=1, lr=1e-12,
-              labels=1 if options is GENERATOR else None, clip=1e-9, weight_decay=0,
-              pos=4 if options is GENERATOR else None)
-        started = weights(tmp_path / "r", 1)
-        shutil.rmtree(tmp_path / "r")
-        for name, theirs in source.items():
-            own = started[f"net.{name}"]
-            if name in ("class_embed.weight", "fc.weight", "fc.bias"):
-                for c in ("3", "9"):
-                    assert torch.allclose(own[classes.index(c)], theirs[int(c)], atol=1e-5)
-                assert not any(torch.allclose(own[classes.index("new")], row, atol=1e-5)
-                               for row in theirs if name != "fc.bias")
-            else:
-                assert torch.allclose(own, theirs, atol=1e-5), name
-        assert "2 of 3 classes are known by name" in capsys.readouterr().err
+@pytest.mark.parametrize("names", [["3", "new", "9"], list("1234567890"), list("0123456789")])
+def test_init_from_starts_other_classes_anew(home, capsys, names):
+    """In another order they are other ones, even if they are as many."""
+    same = names == list("0123456789")
+    for run, load in (("runs/e", model.load_encoder), ("runs/g", model.load_generator)):
+        source = load(run)
+        net = type(source)(**{**source._hub_mixin_config, "num_classes": len(names)})
+        net.origin = {"classes": names}
+        before = {name: x.clone() for name, x in net.state_dict().items()}
+        train.start_from(run, net)
+        assert ("these start anew" in capsys.readouterr().err) is not same
+        theirs = source.state_dict()
+        for name, own in net.state_dict().items():
+            anew = name in ("class_embed.weight", "fc.weight", "fc.bias") and not same
+            assert torch.equal(own, (before if anew else theirs)[name]), name
 
 
 # --------------------------------------------------------------------------------------------
@@ -715,6 +479,12 @@ EDITS = {  # name: file, old line, new lines
     "a text": ("model.py", "attn_fp32=False, ", "attn_fp32=False, norm='rms', "),
     "a buffer": ("model.py", "        self._initialise()\n", """        self._initialise()
         self.register_buffer("ramp", torch.linspace(0, 1, 8), persistent=False)
+        self.register_buffer("count", torch.zeros(()))
+
+        def count(net, args):
+            net.count += net.training
+        self.register_forward_pre_hook(count)
+        self.unused = nn.Parameter(torch.ones(3))
 """),
     "an encoder": ("model.py", "ENCODERS = {", """class Mean(nn.Module, Pretrained):
     def __init__(self, in_channels=1):
@@ -732,10 +502,8 @@ FAULTS = {  # name: file, old, new, what the traceback must show
                     "        x = self.patchify(x).q\n        norm_x", "x = self.patchify(x).q"),
     "in the kernel": ("drift.py", "    logits = dist / -tau", "    logits = dist / -tau / none",
                       "logits = dist / -tau / none"),
-    "in the constructor": ("model.py", "        self._initialise()", "        self.initialise()",
-                           "self.initialise()"),
-    "in the loader": ("prepare_data.py", "        ids = np.asarray(ids)", "        ids = np.array(id)",
-                      "ids"),
+    "in the loader": ("prepare_data.py", "        ids = np.asarray(ids)",
+                      "        ids = np.array(ids.id)", "ids.id"),
 }
 USE_EDITS = """
 import model, sample, train
@@ -747,6 +515,7 @@ train.main([*line, "2"])
 train.main([*line, "3"])
 net = model.load_generator("runs/edited")
 assert net.ramp[-1] == 1 and net.ramp.device.type == "cpu"
+assert net.count == 3 and (net.unused == 1).all()
 sample.main("--ckpt runs/edited --num_images 4 --out edited.png".split())
 """
 
@@ -765,7 +534,8 @@ def edit(folder, file, old, new):
 
 
 def test_what_is_added_trains_saves_resumes_and_samples(home, tmp_path):
-    """Arguments of one's own (0.0, False, a text), a computed buffer, an encoder of no weights."""
+    """Arguments of one's own (0.0, False, a text), computed and counting buffers, a parameter that
+    nothing uses, an encoder of no weights."""
     copy_of_the_scripts(tmp_path / "edited")
     for file, old, new in EDITS.values():
         edit(tmp_path / "edited", file, old, new)
@@ -812,31 +582,8 @@ def test_a_signal_saves_and_ends(found, name):
     assert len(saved) == 1
 
 
-def test_an_ignored_hangup_is_ignored(found):
-    """As nohup and disown want it."""
-    assert found["ignored hangup"] == [[0], ["step_00000020"]]
-
-
-def test_a_dead_process_ends_the_others(found):
-    codes, seconds = found["orphan"]
-    assert codes[1] == -signal.SIGKILL
-    assert codes[0] not in (0, "late")
-    assert seconds < 20
-
-
-def test_a_process_with_other_weights_stops_the_run(found):
-    assert found["other weights"][0] == [1, 1]
-    assert not glob.glob("runs/other_weights/step_*")
-
-
-def test_machines_without_a_common_disk_are_told_so(found):
-    codes, seconds = found["no common disk"]
-    assert set(codes) == {1}
-    assert seconds < 20
-
-
 def test_processes_and_micro_batches_train_what_one_pass_does(found):
-    """1, 2 and 4 processes, each with 1, 2 and 4 micro-batches: loss, energy, gradient, 10 steps."""
+    """1, 2, 4 processes, each with 1, 2, 4 micro-batches: loss, energy, gradient, 10 steps."""
     for stage in ("g", "s", "e"):
         one = torch.load(f"runs/equal_{stage}_1_1.pt")
         first = log(f"runs/equal_{stage}_1_1")[0]
@@ -868,55 +615,19 @@ CURVES = ((1, 1), (2, 2), (4, 1))  # (processes, micro-batches) that are followe
 
 
 def fork(function, *args, world=1):
-    """Process ids of `world` processes of a script whose main function is function(*args)."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    children = []
-    for rank in range(world):
-        child = os.fork()
-        if child == 0:
-            if world > 1:
-                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
-                                  MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-            run_and_exit(functools.partial(function, *args))
-        children.append(child)
-    return children
+    """Processes of a script whose main function is function(*args)."""
+    return forked_ranks(multiprocessing.get_context("fork"), world, function, *args)
 
 
-def run_and_exit(main):
-    """What Python does with a script's end."""
-    code = 1
-    try:
-        model.run_script(main)
-        code = 0
-    except SystemExit as error:
-        code = error.code or 0
-        if isinstance(code, str):
-            print(code, file=sys.stderr)
-            code = 1
-    except BaseException:
-        traceback.print_exc()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def ended(children, seconds=60):
-    """Exit codes (-9: killed) of processes, or "late"; and the seconds waited."""
+def ended(processes, seconds=60):
+    """Exit codes (-9: killed, None: late) of processes, and the seconds waited."""
     began = time.time()
-    codes = {}
-    while len(codes) < len(children):
-        for child in set(children) - codes.keys():
-            if time.time() - began > seconds:
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-                codes[child] = "late"
-                continue
-            pid, status = os.waitpid(child, os.WNOHANG)
-            if pid:
-                codes[child] = os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
-    return [codes[child] for child in children], time.time() - began
+    for process in processes:
+        process.join(max(0, began + seconds - time.time()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes, time.time() - began
 
 
 def wait_for(pattern, seconds=90):
@@ -928,18 +639,12 @@ def wait_for(pattern, seconds=90):
 
 
 def tiny_networks():
-    """runs/tiny_encoder and runs/tiny, by a process of its own: threads would outlast no fork."""
-    model.GENERATOR_SIZES["XS"] = SMALL
-    if os.fork() == 0:
-        torch.manual_seed(0)
-        encoder = model.MAE(1, 64, (1,), input_patch_size=2, num_classes=10)
-        encoder.save_pretrained("runs/tiny_encoder")
-        net = model.Generator(8, 1, patch_size=4, num_classes=10, **SMALL)
-        for p in net.parameters():  # as initialised, it makes one and the same image
-            p.data += 0.05 * torch.randn(p.shape)
-        net.save_pretrained("runs/tiny")
-        os._exit(0)
-    os.wait()
+    """runs/tiny_encoder and runs/tiny."""
+    torch.manual_seed(0)
+    encoder = model.MAE(1, 64, (1,), input_patch_size=2, num_classes=10)
+    encoder.save_pretrained("runs/tiny_encoder")
+    net = model.Generator(8, 1, patch_size=4, num_classes=10, **SMALL)
+    randomised(net).save_pretrained("runs/tiny")
 
 
 def equal():
@@ -995,70 +700,30 @@ def killed():
             while max(glob.glob(saved), default="") == before:
                 time.sleep(0.002)
             time.sleep(rng.uniform(0, 0.05))
-        os.kill(children[0], signal.SIGKILL)
+        children[0].kill()
         kills += ended(children)[0] == [-signal.SIGKILL]
         partial += bool(glob.glob("runs/killed/step_*.tmp"))
     assert ended(fork(start, options) + calm)[0] == [0, 0]
     return dict(kills=kills, partial=partial)
 
 
-def faults():
-    """Signals to one process and to one of two; a rank that dies or has weights of its own."""
+def signals():
+    """To one process, and to one of two."""
     results = {}
     options = TINY | dict(steps=10000)
     for name, world in (("SIGTERM", 1), ("SIGUSR1", 1), ("SIGHUP", 1), ("two processes", 2)):
         out = f"runs/{name.replace(' ', '_')}"
         children = fork(start, options | dict(out=out), world=world)
         wait_for(f"{out}/log.jsonl")
-        os.kill(children[-1], getattr(signal, name, signal.SIGTERM))
+        os.kill(children[-1].pid, getattr(signal, name, signal.SIGTERM))
         results[name] = (*ended(children), glob.glob(f"{out}/step_*"))
-    children = fork(start_without_hangup, options | dict(out="runs/nohup", steps=20))
-    wait_for("runs/nohup/log.jsonl")
-    os.kill(children[0], signal.SIGHUP)
-    codes, _ = ended(children)
-    results["ignored hangup"] = codes, sorted(map(os.path.basename, glob.glob("runs/nohup/step_*")))
-    children = fork(start, options | dict(out="runs/orphan"), world=2)
-    wait_for("runs/orphan/log.jsonl")
-    os.kill(children[1], signal.SIGKILL)
-    results["orphan"] = ended(children)
-    options = options | dict(out="runs/other_weights", steps=4)
-    results["other weights"] = ended(fork(other_weights, options, world=2))
-    results["no common disk"] = ended(fork(elsewhere, options | dict(out="apart"), world=2))
     return results
-
-
-def start_without_hangup(options):
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    start(options)
-
-
-def other_weights(options):
-    """Rank 1 changes a weight in its third step."""
-    backward = train.GeneratorStage.backward
-
-    def change(stage, batch, step, log):
-        if step == 2 and train.get_rank() == 1:
-            next(stage.net.parameters()).data += 1e-3
-        return backward(stage, batch, step, log)
-
-    train.GeneratorStage.backward = change
-    start(options)
-
-
-def elsewhere(options):
-    """Each rank has a working folder of its own, as on machines without a common disk."""
-    model.SHARED_SECONDS = 2
-    here = Path.cwd()
-    folder = here / f"machine{train.get_rank()}"
-    folder.mkdir()
-    os.chdir(folder)
-    start({**options, "data": here / "data/digits", "encoder": here / "runs/tiny_encoder",
-           "init_from": here / "runs/tiny"})
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
-    tiny_networks()
-    findings = {**faults(), **killed()}
+    model.GENERATOR_SIZES["XS"] = SMALL
+    assert ended(fork(tiny_networks))[0] == [0]  # a process with threads could not fork
+    findings = {**signals(), **killed()}
     equal()
     print(json.dumps(findings))
