@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from torch import nn
 
-from model import (HelpFormat, UsageError, all_reduce, barrier, digest, get_rank, load_encoder,
-                   note, run_script, whole)
+from model import (HelpFormat, UsageError, all_reduce, atomic_write, barrier, digest, get_rank,
+                   load_encoder, note, run_script)
 from prepare_data import Dataset, natural, open_source, to_array
 from sample import (add_sampling_options, generate, load_networks, own_batches, save_grid,
                     to_uint8)
@@ -340,7 +340,7 @@ def find_reference(ref):
     if os.environ.get("LOCAL_RANK", "0") == "0" and not path.is_file():
         note(f"downloading {url} to {path} (adm256: 2 GB)")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(path) as partial:
+        with atomic_write(path) as partial:
             torch.hub.download_url_to_file(url, partial, progress=get_rank() == 0)
             zipfile.ZipFile(partial).close()  # of a file cut short the end is missed here
     barrier()  # the first process of a machine downloads, the others find the file
@@ -435,7 +435,7 @@ def command_ref(args, extractor):
     if get_rank() == 0:
         reference |= {key: reference[key].cpu() for key in ("mu", "sigma", "real")}
         reference |= {"features": extractor.name, "resize": extractor.resize}
-        with whole(args.out) as partial, open(partial, "wb") as file:
+        with atomic_write(args.out) as partial, open(partial, "wb") as file:
             np.savez(file, **reference)
         print(f"{args.out}: {reference['num_images']:,} images, features {extractor.name}")
 

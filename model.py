@@ -1072,7 +1072,7 @@ def check_shared(folder):
 
 
 @contextlib.contextmanager
-def claim(folder):
+def lock_folder(folder):
     """Lock a folder, since two runs would mix their files. The lock ends with the process."""
     check_shared(folder)
     if get_rank() == 0:
@@ -1088,8 +1088,8 @@ def claim(folder):
 
 
 @contextlib.contextmanager
-def whole(path):
-    """`with whole(path) as partial`: write a file or a folder at `partial`, beside `path`.
+def atomic_write(path):
+    """`with atomic_write(path) as partial`: write a file or a folder at `partial`, beside `path`.
 
     It is synced and takes its name when it is whole: no reader ever finds half of it.
     """

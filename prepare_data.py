@@ -42,8 +42,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
-from model import (SD_VAE, HelpFormat, UsageError, barrier, claim, gather, get_rank, load_vae, note,
-                   run_script, sync, world_size)
+from model import (SD_VAE, HelpFormat, UsageError, barrier, gather, get_rank, load_vae,
+                   lock_folder, note, run_script, sync, world_size)
 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "val": "val",
           "valid": "val", "validation": "val", "eval": "val"}
@@ -444,7 +444,7 @@ def write_split(folder, meta, items, labels, load, size, encode, skip_broken):
         return
 
     partial = folder.with_suffix(".tmp")
-    with claim(folder.parent):
+    with lock_folder(folder.parent):
         todo = None
         if get_rank() == 0:
             partial.mkdir(exist_ok=True)

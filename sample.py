@@ -19,8 +19,8 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from model import (SD_VAE, HelpFormat, UsageError, barrier, check_shared, get_rank, load_generator,
-                   load_vae, note, run_script, whole, world_size)
+from model import (SD_VAE, HelpFormat, UsageError, atomic_write, barrier, check_shared, get_rank,
+                   load_generator, load_vae, note, run_script, world_size)
 
 
 def generate(generator, labels, indices, cfg_scale=1.0, temperature=1.0, seed=0, batch_size=64,
@@ -91,7 +91,7 @@ def save_grid(images, columns, path, names=()):
         grid.paste(tile, (x, y))
         if i < len(names):
             write((x + 2, y - 16), names[i][:step_x // 6], "black")  # 6 pixels a letter, about
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         grid.save(partial, format="PNG")
 
 
@@ -185,7 +185,7 @@ def main(argv=None):
         pixels = to_uint8(images).permute(0, 2, 3, 1).numpy()
         if folder == out:
             for file, image in zip(files[batch], pixels):
-                with whole(file) as partial:
+                with atomic_write(file) as partial:
                     Image.fromarray(image.squeeze()).save(partial, format="PNG")
         else:
             with open(scratch, "r+b") as file:
@@ -202,7 +202,7 @@ def main(argv=None):
                 heads = [f"{alpha:g} {names[label]}" for alpha, label in zip(alphas, labels)]
             save_grid(torch.from_numpy(images).permute(0, 3, 1, 2), columns, out, heads)
         else:
-            with whole(out) as partial, open(partial, "wb") as file:
+            with atomic_write(out) as partial, open(partial, "wb") as file:
                 np.savez(file, arr_0=images)
         scratch.unlink()
     print(f"{out}: {len(files)} images")

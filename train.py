@@ -39,7 +39,8 @@ import fid
 import model
 import prepare_data
 import sample
-from model import UsageError, all_reduce, gather, get_rank, note, run_script, whole, world_size
+from model import (UsageError, all_reduce, atomic_write, gather, get_rank, note, run_script,
+                   world_size)
 from prepare_data import upload
 
 # What the paper's recipes share (A.3, A.8, Table 8), as in the release. There each of 16 to 32
@@ -74,24 +75,24 @@ PRESETS = {
     # Small ones of ours. `digits` takes minutes on two CPU cores.
     "digits_encoder": dict(
         stage="encoder", data="data/digits", input_patch_size=2, base_channels=64,
-        layers=[1, 1], batch_size=128, cls_steps=120, ema_decay=0.99,
+        layers=[1, 1], batch_size=128, cls_steps=300, ema_decay=0.99,
         lr=2e-3, warmup=50, steps=300, sample_every=150, save_every=100),
     "digits": dict(
         stage="generator", data="data/digits", encoder=["digits_encoder"], model="XXS",
-        patch_size=8, labels=10, gen=24, pos=64, uncond=12, alpha_power=2.5, reals="index",
-        ema_decay=0.99, lr=3e-3, warmup=30, cooldown=0.7, steps=800,
+        patch_size=4, head_channels=16, labels=10, gen=24, pos=64, uncond=12, alpha_power=2,
+        reals="index", ema_decay=0.99, lr=5e-3, muon=True, warmup=30, cooldown=0.7, steps=650,
         sample_every=100, save_every=150),
     # For any images of about 32 x 32 pixels and ten classes on a CPU, where many small steps go
-    # farther in the same time than few large ones: 125 steps a class. Alphas are uniform in [1, 4]:
-    # a small generator hardly reads alpha, so their mean is what guides it.
+    # farther in the same time than few large ones. Alphas are larger than the paper's (power 3):
+    # of Fashion-MNIST 93% are then in their class, not 86%, at a slightly larger FD.
     "small_encoder": dict(
         stage="encoder", input_patch_size=2, base_channels=32, layers=[1, 1, 1],
-        batch_size=128, cls_steps=200, ema_decay=0.99, lr=2e-3, warmup=50, steps=400,
+        batch_size=128, cls_steps=400, ema_decay=0.99, lr=2e-3, warmup=50, steps=400,
         sample_every=200, save_every=100),
     "small": dict(
         stage="generator", encoder=["small_encoder"], model="XS", patch_size=4, head_channels=32,
-        labels=5, gen=16, pos=32, uncond=8, alpha_power=0, reals="index", ema_decay=0.99, lr=3e-3,
-        muon=True, warmup=50, cooldown=0.7, steps=1250, sample_every=100, save_every=100),
+        labels=5, gen=16, pos=32, uncond=8, alpha_power=1.5, reals="index", ema_decay=0.99,
+        lr=4e-3, muon=True, warmup=50, cooldown=0.7, steps=1900, sample_every=100, save_every=100),
     # For one modern GPU.
     "cifar10_encoder": dict(
         stage="encoder", data="data/cifar10", base_channels=64, layers=[2, 2, 2],
@@ -328,12 +329,12 @@ class GeneratorStage:
         self.second = args.field != "drifting"
         # Few real images that never change pass the encoders once: 1.3 times the steps a second.
         # They must be few, since their features take a hundred times their bytes and more.
-        self.kept = None
+        self.cached_reals = None
         changing = latents or args.flip or args.crop_scale < 1
         if not changing and data.images.nbytes < 1 << 17:
             with torch.no_grad():
                 images = data.batch(np.arange(len(data)), device=args.device)
-                self.kept = self.features(images[:, None])
+                self.cached_reals = self.features(images[:, None])
 
     def batch(self, step):
         """Labels, alphas, noise, styles, reals and their ids, each [labels, ...].
@@ -434,10 +435,10 @@ class GeneratorStage:
         # stand still in the loss (3.3).
         with torch.no_grad():
             gen2 = None if second is None else self.features(second)
-            if self.kept is None:
+            if self.cached_reals is None:
                 reals = self.features(batch["reals"])
             else:
-                reals = {name: f[batch["ids"], 0] for name, f in self.kept.items()}
+                reals = {name: f[batch["ids"], 0] for name, f in self.cached_reals.items()}
         # As `batch` drew them: the label's own first, then those of any class.
         pos = {name: f[:, :args.pos] for name, f in reals.items()}
         uncond = {name: f[:, args.pos:] for name, f in reals.items()}
@@ -626,7 +627,7 @@ def main(argv=None):
         defaults = vars(build_parser().parse_args([]))
         changed = [f"--{name} {x}" for name, x in vars(args).items() if x != defaults[name]]
         note("options that are not the defaults: " + " ".join(changed))
-        with model.claim(args.out):
+        with model.lock_folder(args.out):
             run = Run(args, data, newest)
             count = sum(p.numel() for p in run.params)
             note(f"{args.out}: {args.stage} of {count / 1e6:.1f}M parameters, {len(data)} images "
@@ -691,7 +692,7 @@ class Run:
         if get_rank() > 0:
             return
         out = Path(self.args.out)
-        with whole(out / f"step_{step:08d}") as folder:
+        with atomic_write(out / f"step_{step:08d}") as folder:
             self.ema.save_pretrained(folder)
             torch.save({"step": step, "net": self.net.state_dict(),
                         "options": vars(self.args),
@@ -921,7 +922,7 @@ def evaluate(run, step, extractor, reference):
     file = best / "score.json"
     before = json.loads(file.read_text())["score"] if file.exists() else math.inf
     if get_rank() == 0 and complete and score < before:
-        with whole(best) as folder:
+        with atomic_write(best) as folder:
             run.ema.save_pretrained(folder)
             (folder / "score.json").write_text(json.dumps({"score": score, "step": step}))
 

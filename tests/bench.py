@@ -330,10 +330,10 @@ def bench_energy(runs=15):
 
 def bench_reals(runs=9):
     run = random_run(["--preset", "digits"])
-    kept = run.stage.kept
+    kept = run.stage.cached_reals
 
     def step(features):
-        run.stage.kept = features
+        run.stage.cached_reals = features
         training_step(run)
 
     each, once = in_turns({"each": lambda: step(None), "once": lambda: step(kept)}, runs).values()

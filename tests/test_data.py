@@ -334,7 +334,7 @@ def test_prepared_data_of_other_images_are_not_taken(tmp_path, folder, kind, mon
     def stop(*args):
         raise KeyboardInterrupt
     prepare_data.prepare(source(), tmp_path / "out")
-    with model.claim(tmp_path / "out"):  # it is left as it is, so that nobody is in the way
+    with model.lock_folder(tmp_path / "out"):  # it is left as it is, so that nobody is in the way
         prepare_data.prepare(source(), tmp_path / "out")
     with monkeypatch.context() as patch:
         patch.setattr(prepare_data, "finish", stop)

@@ -245,13 +245,13 @@ def test_features_of_unchanging_reals_are_kept(home):
         torch.manual_seed(0)
         stage = train.GeneratorStage(parsed(INDEX, flip=None, micro_batches=parts), digits())
         randomised(stage.net)
-        for kept in (stage.kept, None):
-            stage.kept = kept
+        for kept in (stage.cached_reals, None):
+            stage.cached_reals = kept
             stage.net.zero_grad()
             loss = stage.backward(stage.batch(0), 0, False)["loss"].item()
             grad = torch.cat([p.grad.flatten() for p in stage.net.parameters()])
             results.append((loss, grad))
-    assert train.GeneratorStage(parsed(INDEX), digits()).kept is None  # --flip
+    assert train.GeneratorStage(parsed(INDEX), digits()).cached_reals is None  # --flip
     assert results[1][1].norm() > 1e-3
     for loss, grad in results:
         assert loss == pytest.approx(results[1][0], rel=1e-5)
