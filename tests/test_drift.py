@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import bench
 import drift
 import reference
 from conftest import FIXTURES, needs_gpu, relative_error
@@ -230,3 +231,73 @@ def test_the_swiss_roll_is_drawn(tmp_path, monkeypatch, capsys):
         assert gif.n_frames > 40
     first, last = re.findall(r"-?\d\.\d+", capsys.readouterr().out.split("distance")[1])
     assert float(last) < 0.5 * float(first)
+
+
+def test_nothing_moves_when_the_distributions_match():
+    """Two draws of one distribution; a multiplier breaks the anti-symmetry, and makes a force."""
+    g = torch.Generator().manual_seed(0)
+    gen, pos = torch.randn(2, 1, 2000, 2, generator=g)
+
+    def force(pos, attraction=1.0):
+        info = drift.drift_loss(gen, pos, temperatures=(0.2,), attraction=attraction)[1]
+        return info["force_0.2"].item()
+
+    matched = force(pos)
+    assert matched < 0.02 * force(pos + 0.5) and matched < 0.05 * force(pos, attraction=1.5)
+
+
+@pytest.mark.parametrize("field, options", [("drifting", {}), ("sinkhorn", {"iterations": 2})])
+def test_the_loss_compiles_without_graph_breaks(monkeypatch, field, options):
+    monkeypatch.setitem(drift.CHUNK_BYTES, "cpu", 5000)  # some chunks
+    stream = torch.Generator().manual_seed(0)
+    shapes = {"a": (4, 8), "b": (1, 32)}
+    gen, pos, uncond = ({name: torch.randn(2, n, *shape, generator=stream)
+                         for name, shape in shapes.items()} for n in (6, 5, 4))
+    args = (field, gen, gen, pos, uncond, torch.tensor([1.0, 2.0]))
+    compiled = torch.compile(drift.feature_loss, fullgraph=True, backend="eager")
+    total = compiled(*args, **options)[0]
+    assert total.item() == pytest.approx(drift.feature_loss(*args, **options)[0].item(), rel=1e-6)
+    torch._dynamo.reset()
+
+
+def test_locations_are_entries_of_their_own():
+    """Sum over features of the mean over labels and locations: as a loop over locations gives."""
+    g = torch.Generator().manual_seed(0)
+    gen, pos, neg = ({"a": torch.randn(2, n, 3, 5, generator=g),
+                      "b": torch.randn(2, n, 1, 4, generator=g)} for n in (4, 6, 2))
+    alpha = torch.rand(2, generator=g) + 1
+    total, infos = drift.feature_loss("drifting", gen, None, pos, neg, alpha)
+    losses = {name: info["loss"] for name, info in infos.items()}
+    weight = (3 * (alpha - 1) / 2)[:, None].expand(-1, 2)
+    assert total.item() == pytest.approx(sum(losses.values()).item())
+    for name, f in gen.items():
+        places = [(label, t) for label in range(2) for t in range(f.shape[2])]
+        entries = [torch.stack([x[name][label, :, t] for label, t in places])
+                   for x in (gen, pos, neg)]
+        weights = torch.stack([weight[label] for label, _ in places])
+        expected = reference.drift_loss(*entries, weights).mean()
+        assert losses[name].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_multi_scale_features_by_hand():
+    x = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    features = drift.multi_scale_features({"m": x})
+    assert set(features) == {"m", "m_mean", "m_std", "m_mean_2", "m_std_2"}  # 4 does not divide 6
+    a = x.numpy()
+    assert np.allclose(features["m"][1, 2 * 6 + 5], a[1, :, 2, 5])
+    assert np.allclose(features["m_mean"][0, 0], a[0].mean((1, 2)), atol=1e-6)
+    assert np.allclose(features["m_std"][0, 0], np.sqrt(a[0].var((1, 2)) + 1e-6), atol=1e-6)
+    patch = a[1, :, 2:4, 4:6]  # second row, third column of 2 x 2 patches
+    assert np.allclose(features["m_mean_2"][1, 1 * 3 + 2], patch.mean((1, 2)), atol=1e-6)
+    std = np.sqrt(patch.var((1, 2)) + 1e-6)
+    assert np.allclose(features["m_std_2"][1, 1 * 3 + 2], std, atol=1e-6)
+
+
+def test_a_step_is_measured_with_nothing_at_hand(monkeypatch, capsys):
+    """`bench.py step`: train.py's own step on random data, with random encoders and their sizes."""
+    monkeypatch.setattr(bench, "matrix_product", lambda: 1.0)
+    bench.bench_step("digits", *"--labels 2 --gen 4 --pos 4 --uncond 2".split())
+    out = capsys.readouterr().out
+    assert "digits_encoder: 0.3M parameters" in out
+    tflop = float(re.search(r"a step: ([\d.e-]+) TFLOP", out)[1])
+    assert 1e-5 < tflop < 1e-2

@@ -305,6 +305,41 @@ def test_a_run_on_a_gpu(home):
 # --------------------------------------------------------------------------------------------
 # The update: learning rate, average, steps that are not finite
 
+def test_pixel_reals_are_cropped_and_mirrored(home):
+    """--crop_scale gives other views of the same images, in [-1, 1], and changes nothing else."""
+    plain, cropped = [
+        train.GeneratorStage(parsed(GENERATOR, crop_scale=scale), digits()).batch(0)
+        for scale in (1, 0.2)]
+    for name in ("labels", "alpha", "noise", "styles"):
+        assert torch.equal(plain[name], cropped[name])
+    assert cropped["reals"].shape == plain["reals"].shape
+    assert cropped["reals"].abs().max() <= 1
+    distance = (cropped["reals"] - plain["reals"]).square().mean((2, 3, 4))
+    assert (distance > 1e-3).float().mean() > 0.9
+
+
+def test_networks_compile_without_graph_breaks():
+    net = model.Generator(8, 1, patch_size=4, num_classes=10, **SMALL).train()
+    net.checkpoint_blocks = True
+    inputs = (torch.randn(4, 1, 8, 8), torch.arange(4), torch.ones(4),
+              torch.zeros(4, 32, dtype=torch.long))
+    mae = model.MAE(1, 16, (1,), num_classes=10).eval()
+    convnext = model.ConvNeXtV2((1, 1), (8, 16)).eval()
+    cases = [(net.forward, inputs), (mae.features, inputs[:1]),
+             (convnext.features, (torch.randn(2, 3, 32, 32),))]
+    for function, args in cases:
+        torch._dynamo.reset()
+        graphs = torch._dynamo.explain(function)(*args)
+        assert (graphs.graph_count, graphs.graph_break_count) == (1, 0), graphs.break_reasons
+    torch._dynamo.reset()
+
+
+def test_weights_that_are_not_finite_are_not_saved(home):
+    with pytest.raises(UsageError, match="not finite|NaN"):
+        start(GENERATOR, out="runs/diverged", lr=1e30, warmup=0, steps=30, save_every=1)
+    assert not glob.glob("runs/diverged/step_*")
+
+
 def test_learning_rate():
     args = SimpleNamespace(steps=100, warmup=10, cooldown=0.2, lr=1.0)
     rates = [train.learning_rate(step, args) for step in range(100)]
