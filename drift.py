@@ -126,12 +126,13 @@ def sinkhorn_loss(gen, gen2, pos, uncond=None, cfg_scale=None, temperature=0.05,
 
     with torch.no_grad(), torch.autocast(gen.device.type, enabled=False):
         # 1. Squared distances, and one scale for the whole batch, the root of their mean.
-        chunks, scale, unit = distances(samples, w, reduce, power=2)
+        chunks, scale, unit = distances(samples, w, reduce, power=2, keep=False)
 
         # 2. Transport plans to each kind of targets; `gen` itself has no weight.
         fields = []
-        for alpha in cfg_scale[:, None, None].split([len(y) for y, _ in chunks]):
-            y, squares = chunks.pop(0)  # frees their memory for the field
+        alphas = cfg_scale[:, None, None].split([len(squares) for _, squares in chunks])
+        for y, alpha in zip(in_chunks(*samples), alphas):
+            _, squares = chunks.pop(0)  # frees its memory for the field
             A = squares.div_(-2 * temperature * C * unit**2)                   # b G N
             own, *others = A.split(sizes, 2)
             own.zero_()
@@ -176,12 +177,13 @@ def affinity(dist, tau, kernel="both"):
     return A.clamp_min_(floor)
 
 
-def distances(samples, w, reduce, power=1):
+def distances(samples, w, reduce, power=1, keep=True):
     """Distances of generated samples from all targets to a power, 1 or 2, and their scale.
 
     samples: gen [B, G, C] and further targets, each [B, n, C]; w [B, N]: their weights in the
     mean. Returns chunks, a list of (targets [b, N, C], powers [b, G, N]); the scale, the mean over
-    the whole batch as a distance; and the unit, which divides coordinates to order 1.
+    the whole batch as a distance; and the unit, which divides coordinates to order 1. keep: False
+    leaves the targets out, half of the memory, where making them again costs little.
     """
     _, G, C = samples[0].shape
     chunks = []
@@ -190,7 +192,7 @@ def distances(samples, w, reduce, power=1):
         dist = squared_distances(y[:, :G], y)
         if power == 1:
             dist.sqrt_()
-        chunks.append((y, dist))
+        chunks.append((y if keep else None, dist))
         sums.append(dist.sum(1))
     total = (torch.cat(sums) * w).sum(dtype=torch.float64)
     count = G * w.sum(dtype=torch.float64)
