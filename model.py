@@ -36,6 +36,7 @@ from tqdm import tqdm
 from drift import float32_at_least, multi_scale_features
 
 CHECKPOINT = dict(use_reentrant=False, preserve_rng_state=False)  # options of `checkpoint`
+SHARED_SECONDS = 60  # NFS shows new files late
 
 
 class Pretrained(PyTorchModelHubMixin, library_name="drifting", license="mit"):
@@ -1049,9 +1050,6 @@ def gather(value):
     if dist.is_initialized():
         dist.all_gather_object(values, value)
     return values
-
-
-SHARED_SECONDS = 60  # NFS shows new files late
 
 
 def check_shared(folder):

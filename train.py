@@ -631,8 +631,7 @@ def main(argv=None):
             run = Run(args, data, newest)
             count = sum(p.numel() for p in run.params)
             note(f"{args.out}: {args.stage} of {count / 1e6:.1f}M parameters, {len(data)} images "
-                 f"{list(data.shape)} of {data.num_classes} classes, {world_size()} process(es), "
-                 f"from step {run.start} to {args.steps}")
+                 f"{list(data.shape)} of {data.num_classes} classes, {world_size()} process(es)")
             train(run)
     return args
 
