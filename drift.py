@@ -8,17 +8,17 @@ V is anti-symmetric in the two distributions, so when they match, V = 0 and noth
     symbol    variable              shape       meaning
     x         gen                   [B, G, C]   generated samples, their own negatives too
     y+        pos                   [B, P, C]   real samples of the same label
-    y-        neg                   [B, U, C]   real samples of any label: guidance, with a weight
-    w         weight_neg            [B, U]      (alpha - 1)(G - 1) / U; other targets count as one
+    y-        neg                   [B, U, C]   real samples of any label, weighted, for guidance
+    w         weight_neg            [B, U]      (alpha - 1)(G - 1) / U; other targets have weight 1
     tau       temperatures          3 floats    kernel widths, in units of the mean distance
-    k(x, y)   affinity(dist, tau)   [B, G, N]   kernel: of each sample and its N = G + U + P targets
+    k(x, y)   affinity(dist, tau)   [B, G, N]   kernel of each sample with its N = G + U + P targets
     A         A                     [B, G, N]   signed weight of target y for sample x:
     V         force(A, y)           [B, G, C]   V_i = sum_j A_ij (y_j - x_i), the field
     alpha     cfg_scale             [labels]    guidance scale; the generator is conditioned on it
 
-A batch entry b is one label at one location of one feature map: samples are compared with those
-of the same label at the same location, and with no others. `drift_loss` is the paper's field,
-`sinkhorn_loss` that of W-Flow (arXiv 2605.11755). Both go through chunks of the entries.
+A batch entry b is one label at one location of one feature map: samples are compared only with
+the targets of their own entry. `drift_loss` implements the paper's field, `sinkhorn_loss` that
+of W-Flow (arXiv 2605.11755). Both process the entries in chunks.
 
 The 2-D experiments (5.1): `python drift.py`, or `python drift.py swiss_roll --field sinkhorn`.
 """
@@ -54,8 +54,8 @@ def drift_loss(gen, pos, neg=None, weight_neg=None, temperatures=TEMPERATURES, k
     sums over this part as a float64 vector, and returns those over the whole batch; it is called
     twice, with the names "distance" and "force".
 
-    Returns (loss [B], differentiable in gen; info of scalars: `scale`, the mean distance, and
-    `force_TAU`, the mean squared force before it is normalised, which pins the loss itself).
+    Returns (loss [B], differentiable in gen; info, a dict of scalars: `scale`, the mean distance,
+    and `force_TAU`, the mean squared force before normalisation, which the loss hides).
     """
     B, G, C = gen.shape
     P = pos.shape[1]
@@ -84,7 +84,7 @@ def drift_loss(gen, pos, neg=None, weight_neg=None, temperatures=TEMPERATURES, k
             d[:, :, :G].diagonal(dim1=1, dim2=2).add_(100)  # a sample does not repel itself
             A = affinity(d[:, None], taus, kernel)                             # b taus G N
             A_neg, A_pos = A.split([G + U, P], 3)                              # views of A
-            # Weighted here: inside the root of "both" a weight would act as its root.
+            # Weighted only now: inside the root of "both" w would act as sqrt(w).
             A_neg[..., G:].mul_(w_b[:, None, None, G:G + U])
             sum_neg = A_neg.sum(3, keepdim=True)
             sum_pos = A_pos.sum(3, keepdim=True)
@@ -163,8 +163,8 @@ def affinity(dist, tau, kernel="both"):
     in KERNELS: any A >= 0 that falls with distance, normalised or not.
     """
     logits = dist / -tau
-    # The floor keeps far samples' forces alive: without it the gradient changes by 43%. A kernel
-    # that is below the floor at distance 1, the mean, is therefore replaced by the floor.
+    # The floor keeps forces on far samples alive: without it the gradient changes by 43%. A kernel
+    # that is below it at distance 1, the mean, is therefore flat from there on.
     floor = 1e-3
     assert kernel in KERNELS, kernel
     if kernel == "both":  # normalised over targets and over samples
@@ -182,8 +182,8 @@ def distances(samples, w, reduce, power=1, keep=True):
 
     samples: gen [B, G, C] and further targets, each [B, n, C]; w [B, N]: their weights in the
     mean. Returns chunks, a list of (targets [b, N, C], powers [b, G, N]); the scale, the mean over
-    the whole batch as a distance; and the unit, which divides coordinates to order 1. keep: False
-    leaves the targets out, half of the memory, where making them again costs little.
+    the whole batch as a distance; and the unit, in which coordinates are of order 1. keep=False
+    drops the targets, half of the memory, where recomputing them is cheap.
     """
     _, G, C = samples[0].shape
     chunks = []
@@ -206,7 +206,7 @@ def distances(samples, w, reduce, power=1, keep=True):
 def in_chunks(gen, *others):
     """Samples of all kinds, each [B, n, C], in chunks of their entries [b, N, C].
 
-    They are centred, which moves nothing: the Gram identity then keeps two digits more.
+    They are centred: distances do not change, and the Gram identity gains two digits.
     """
     B, G, C = gen.shape
     assert gen.is_floating_point() and all(len(x) == B for x in others), "floats, B entries each"
@@ -264,11 +264,11 @@ def normalised_sum(fields, unit, reduce):
 def transport(logits, iterations):
     """Entropic optimal transport [b, G, M] between uniform masses, each row divided by its sum.
 
-    logits [b, G, M]: log K, the negative cost in units of the regularisation. An iteration of
-    Sinkhorn's divides rows by their sums, then columns. The first is made with logarithms, after
-    which no sum is small. The others find factors only, as row vectors (on a CPU columns take
-    thrice the time); those of the rows cancel in the last division. Columns have mass 1, so rows
-    have M / G: were it another, factors would grow at each iteration, to NaN.
+    logits [b, G, M]: log K, the negative cost in units of the regularisation. A Sinkhorn iteration
+    divides rows by their sums, then columns. The first runs in log space, after which no sum is
+    small. The others only update factors, kept as row vectors (columns take 3 times as long on a
+    CPU); the rows' factors cancel in the last division. Columns have mass 1, so rows have
+    M / G: with any other mass factors would grow at each iteration, to NaN.
     """
     plan = logits.log_softmax(2).softmax(1)
     _, G, M = logits.shape
@@ -286,8 +286,8 @@ def energy_distance(gen, pos):
     """How far generated samples are from real ones: 0 in expectation when they are distributed
     alike, whatever the loss says (Székely and Rizzo).
 
-    gen [B, G, C], pos [B, P, C]. Of an entry E = 2 mean |x - y| - mean |x - x'| - mean |y - y'|,
-    over pairs of different samples; returned is the mean of E over that of mean |x - y|.
+    gen [B, G, C], pos [B, P, C]. Per entry, E = 2 mean |x - y| - mean |x - x'| - mean |y - y'|
+    over pairs of distinct samples. Returns the mean of E divided by that of mean |x - y|.
     """
     sums = energy_sums(gen, pos)
     return sums[0] / sums[1]

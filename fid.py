@@ -62,7 +62,7 @@ def evaluate(read, num_images, extractor, reference, batch_size=64):
     distance = frechet_distance(*statistics(fake), reference["mu"], reference["sigma"])
     result = {"num_images": num_images, extractor.key: distance}
     if extractor.kind == "inception":
-        logits = fake.double() @ extractor.net.fc.double().T  # a GPU would take TF32
+        logits = fake.double() @ extractor.net.fc.double().T  # float64: never TF32
         result["is"], result["is_std"] = inception_score(logits)
     if "real" in reference:
         real = torch.as_tensor(reference["real"]).to(fake.device)
@@ -87,8 +87,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     mu1 = torch.as_tensor(mu1, dtype=torch.float64)
     sigma1, mu2, sigma2 = (torch.as_tensor(x).to(mu1) for x in (sigma1, mu2, sigma2))
     variances, axes = torch.linalg.eigh(sigma1)
-    # Fewer images than features have a singular covariance: of its directions only those in which
-    # it is not zero are kept, as the roots of rounding noise would cost the fifth decimal.
+    # With fewer images than features the covariance is singular: only directions with nonzero
+    # variance are kept, as the roots of rounding noise would spoil the fifth decimal.
     kept = variances > 1e-12 * variances.max()
     root = axes[:, kept] * variances[kept].sqrt()
     product = root.T @ sigma2 @ root
@@ -223,8 +223,8 @@ class Extractor:
     """Turns images into the feature rows that are compared: uint8 [n, C, H, W] -> float32 [n, D].
 
     features: inception (FID), pixels, encoder:CKPT, a ResNet-MAE of ours, for data of which
-    Inception knows nothing, or dinov2[:PATH] (FD-DINOv2). resize, of Inception alone: tf1, half,
-    or None, of which `open_reference` makes the reference's. inception: file of its weights.
+    Inception knows nothing, or dinov2[:PATH] (FD-DINOv2). resize, Inception only: tf1, half, or
+    None, which `open_reference` sets to the reference's. inception: file of its weights.
     """
 
     def __init__(self, features="inception", resize=None, inception=None, device="cpu"):
@@ -342,7 +342,7 @@ def find_reference(ref):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as partial:
             torch.hub.download_url_to_file(url, partial, progress=get_rank() == 0)
-            zipfile.ZipFile(partial).close()  # of a file cut short the end is missed here
+            zipfile.ZipFile(partial).close()  # raises if the download was cut short
     barrier()  # the first process of a machine downloads, the others find the file
     return path, resize
 
@@ -521,8 +521,8 @@ def parse(argv=None):
     add("--images", help="images to score, in place of --ckpt: as --data")
     add("--ref", help=f"statistics: {', '.join(REFERENCES)}, an .npz of `fid.py ref`, ADM, "
         "MeanFlow, JiT or pytorch-fid, hf://USER/REPO/FILE.npz or https://...")
-    add("--data", help="real images: prepared data set, or but for neighbours a folder, .zip or "
-        ".npz with arr_0; beside --ref for precision and recall alone")
+    add("--data", help="real images: prepared data, or (not for neighbours) a folder, .zip or "
+        ".npz with arr_0; with --ref only for precision and recall")
     add("--num_images", type=int, help="images to score (None: 50000, or all of --images, or 1000 "
         "for neighbours); figures of fewer are worse")
     add("--features", default="inception", help="inception (FID), dinov2[:PATH] (FD-DINOv2), "

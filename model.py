@@ -226,7 +226,7 @@ class Block(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    """In its input's type: autocast on CUDA would return float32, in twice the memory."""
+    """Keeps the input dtype: autocast on CUDA would return float32, twice the memory."""
 
     def __init__(self, width):
         super().__init__(width, eps=1e-6)
@@ -434,7 +434,7 @@ class ConvNeXtV2(nn.Module, Pretrained):
         super().__init__()
         self.in_channels, self.image_size = num_channels, image_size
         width = hidden_sizes[0]
-        # In front of the first stage image -> patches, norm; of the others norm, half the size.
+        # Before the first stage: patchify, norm; before the others: norm, halve the size.
         self.downsampling = nn.ModuleList([nn.Sequential(
             nn.Conv2d(num_channels, width, patch_size, patch_size), ChannelNorm(width))])
         for before, width in pairwise(hidden_sizes):
@@ -448,9 +448,9 @@ class ConvNeXtV2(nn.Module, Pretrained):
     def features(self, x):
         """x [n, 3, h, w] in [-1, 1], of any size -> {name: [n, T, C]}; `convenxt` as the release.
 
-        A stage's map, each position normalised over its channels, from the second stage on; means
-        and stds of all four, the last one's std once more as `global_std`; and `global_mean`, the
-        final norm of the mean of the last map as it is.
+        Maps of the second stage on, each position normalised over its channels; means and stds of
+        these maps for all stages, the last std again as `global_std`; and `global_mean`, the final
+        norm of the mean of the last, unnormalised map.
         """
         x = imagenet_input(x, self.image_size, "bilinear").to(self.layernorm.weight.dtype)
         features = {}
@@ -677,7 +677,7 @@ PUBLISHED |= {f"wflow_{name}": f"jiaqihan99/W-Flow/checkpoints/latent_{file}.pt"
 MODEL_FILES = (("metadata.json", "ema_params.msgpack"), ("config.json", "model.safetensors"),
                ("config.json", "pytorch_model.bin"))
 
-# Files without `model_type`, as the authors' artifacts: their kind, by a tensor that only it has.
+# The kind of files without `model_type`, such as the authors', by a tensor unique to that kind.
 KINDS = {"class_embed.weight": "generator", "encoder.conv1.weight": "mae", "cls_token": "dinov2"}
 
 
@@ -691,7 +691,7 @@ def load_generator(path):
 
 
 def load_encoder(path):
-    """One of ENCODERS, as `load_generator`; also transformers' folders, DINOv2's .pth files."""
+    """One of ENCODERS; paths as in `load_generator`, transformers' folders, DINOv2's .pth."""
     return load_model(path, ENCODERS)
 
 
@@ -769,7 +769,7 @@ def find_files(path, forms):
         files = [folder / name for name in names]
         if all(file.is_file() for file in files):
             return files
-    raise UsageError(f"{path}: no weights there, none of {forms}; on the Hub it would be hf://...")
+    raise UsageError(f"{path}: no weights there, tried {forms}; for the Hub give hf://...")
 
 
 def download(path, forms):
@@ -813,7 +813,7 @@ def our_name(name, table):
 
 
 def arguments(cls, config):
-    """What a class's constructor takes of another's config."""
+    """The entries of `config` that the constructor takes."""
     return {key: config[key] for key in inspect.signature(cls).parameters if key in config}
 
 
@@ -913,8 +913,8 @@ def release_config(metadata, cls):
 def read_flax(file):
     """A flax msgpack file -> the tree of maps and tensors.
 
-    An array is ext type 1 around msgpack of (shape, dtype, bytes), one of over 2^30 bytes a map of
-    chunks. A map `params` around the tree is taken off.
+    An array is ext type 1 around msgpack of (shape, dtype, bytes); above 2^30 bytes it is a map of
+    chunks. An outer map `params` is stripped.
     """
     def array(code, data):
         shape, name, values = msgpack.unpackb(data)
@@ -954,7 +954,7 @@ def stack_styles(state):
     return state
 
 
-# ---- What all scripts share: messages, processes, and files that are whole or not there ----------
+# ---- Shared by all scripts: messages, processes, and atomic writing of files ---------------------
 
 class UsageError(Exception):
     """A mistake of the user's, shown as one line. Every other exception keeps its traceback."""
@@ -975,7 +975,7 @@ def run_script(main):
         # If it were imported after the group exists, its default arguments would keep the group's
         # threads alive until the interpreter ends, which then aborts.
         from torch.distributed.nn import functional  # noqa: F401
-        # Rank 0 alone computes precision and recall, for many minutes where the CPU is slow.
+        # Other ranks wait while rank 0 works alone, e.g. on previews: minutes on a slow CPU.
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     try:
         with contextlib.redirect_stderr(LastingStream(sys.stderr)):
@@ -1071,7 +1071,7 @@ def check_shared(folder):
 
 @contextlib.contextmanager
 def lock_folder(folder):
-    """Lock a folder, since two runs would mix their files. The lock ends with the process."""
+    """Lock a folder for the `with` block, since two runs would mix up their files."""
     check_shared(folder)
     if get_rank() == 0:
         lock = open(Path(folder) / ".lock", "w")
@@ -1104,7 +1104,7 @@ def atomic_write(path):
 
 
 def remove(path):
-    """Delete a file or a folder if it is there and can be deleted: on NFS it may be in use."""
+    """Delete a file or folder if it exists, ignoring folder errors: on NFS it may be busy."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:

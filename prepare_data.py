@@ -129,7 +129,7 @@ class Dataset:
                                for e in np.unique(epoch).tolist()])
 
 
-@functools.lru_cache(maxsize=2)  # of a million ids it takes longer than a batch
+@functools.lru_cache(maxsize=2)  # shuffling a million takes longer than a batch
 def shuffled(n, seed, epoch):
     return np.random.default_rng([seed, epoch]).permutation(n)
 
@@ -235,7 +235,7 @@ def by_class(path, files, read):
         raise UsageError(f"{path}: no images there")
     if len(images) < len(files):
         others = sorted(files.keys() - set(images))
-        note(f"{path}: {len(others)} files are hidden or no images, as {others[0]}")
+        note(f"{path}: {len(others)} hidden or non-image files, e.g. {others[0]}")
     folders = {name.split("/")[0] for name in images if "/" in name}
     if not SPLITS.keys() >= {folder.lower() for folder in folders}:
         # `train` beside other classes is a class of trains, unless it holds folders itself.
@@ -281,7 +281,7 @@ def by_folder(names, path, prefix):
     # Tiny ImageNet's train/CLASS/images/*.jpg can be meant in one way only.
     below = {tuple(parents[1:]) for parents in folders}
     if not all(folders) or len(below) > 1 or (below != {()} and not prefix):
-        raise UsageError(f"{path}: give the folder of the classes, which hold images, no folders")
+        raise UsageError(f"{path}: give the folder of the classes, one folder of images each")
     return [parents[0] for parents in folders]
 
 
@@ -481,7 +481,7 @@ def write_split(folder, meta, items, labels, load, size, encode, skip_broken):
 
 
 def ahead(pool, function, blocks):
-    """[function(i) of a block's i] of each block, while threads compute the next block's."""
+    """Yield each block's [function(i), ...] while threads compute the next block's."""
     coming = None
     for block in [*blocks, ()]:
         following = pool.map(function, block)  # starts at once

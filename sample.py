@@ -30,8 +30,8 @@ def generate(generator, labels, indices, cfg_scale=1.0, temperature=1.0, seed=0,
     labels: [N] classes, or whatever numbers `Generator.embed_label` takes. indices: [N] ints.
     cfg_scale: alpha of A.7, one or [N]. temperature: multiplies the noise. vae: decodes latents.
 
-    The same batches give the same bits. In other ones sizes XXS, XS and B moved at most one value
-    in 10,000 by one grey level in float32, and in bfloat16, as on a GPU, XS by one, B by three.
+    The same batches give the same bits. In others at most one value in 10,000 moved by one grey
+    level in float32 (XXS, XS, B); in bfloat16, as on a GPU, they moved by one (XS) or three (B).
     """
     assert len(labels) == len(indices), "one label for each image"
     device = next(generator.parameters()).device
@@ -108,7 +108,7 @@ def own_batches(count, size):
 # ---- The command ---------------------------------------------------------------------------------
 
 def add_sampling_options(parser, required):
-    """What draws from a generator, here and in fid.py. required: whether --ckpt is."""
+    """Sampling options, shared with fid.py. required: whether --ckpt is mandatory."""
     add = parser.add_argument
     add("--ckpt", required=required, help="run or checkpoint folder, folder of the authors' "
         "artifact, or on the Hub hf://NAME or hf://USER/REPO[/SUBFOLDER][@REVISION]")
@@ -132,7 +132,7 @@ def load_networks(args):
 
 
 def class_numbers(words, names):
-    """--classes as numbers. A name counts before a number; of folders 1 to 10 names alone do."""
+    """--classes as numbers. Names win over numbers; if all are numeric, names alone count."""
     numbers = {name: i for i, name in enumerate(names)}
     if not all(name.isdecimal() for name in names):
         numbers = {str(i): i for i in range(len(names))} | numbers

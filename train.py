@@ -9,9 +9,9 @@ OUT/ gets step_*/ (EMA weights that sample.py and others load, and what resuming
 samples_*.png and log.jsonl. The same command again resumes. What a step draws
 depends on (seed, step) alone, whatever the number of processes and micro-batches.
 
-In order: presets and options; the two stages, of which `GeneratorStage.batch`, `loss` and
-`backward` are the method; `main`, which sets up a run; `train`, the loop; and what it needs beside
-that: checkpoints, the log, evaluation.
+In order: presets and options; the two stages (the method itself is in `GeneratorStage.batch`,
+`loss` and `backward`); `main`, which sets up a run; `train`, the loop; and its helpers for
+checkpoints, logging and evaluation.
 """
 import argparse
 import contextlib
@@ -135,9 +135,9 @@ def build_parser():
     add = functools.partial(add_option, parser.add_argument_group("run"))
     add("preset", None, "row of PRESETS; other options override it", choices=PRESETS)
     add("stage", "generator", "what is trained", choices=STAGES)
-    add("data", None, "prepared data, or a source as of prepare_data.py, prepared in data/NAME")
-    add("size", None, "side to which a source is prepared (None: as it is)", type=int)
-    add("out", None, "run folder (None: runs/PRESET; of small runs/NAME)")
+    add("data", None, "prepared data, or a source for prepare_data.py, stored in data/NAME")
+    add("size", None, "resize and crop a source to this side (None: as is)", type=int)
+    add("out", None, "run folder (None: runs/PRESET; small: runs/NAME)")
     add("seed", 0, "seed of all random numbers")
     add("device", "cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
     add("bf16", None, "networks compute in bfloat16 (None: on a GPU); weights, statistics and loss "
@@ -157,8 +157,8 @@ def build_parser():
     add = functools.partial(add_option, parser.add_argument_group("optimisation (Table 8)"))
     add("steps", 30000, "length of the run")
     add("lr", 2e-4, "learning rate")
-    add("warmup", 5000, "first steps, linear from 1e-6")
-    add("cooldown", 0.0, "last share of the steps, linear to zero")
+    add("warmup", 5000, "linear warmup steps from 1e-6")
+    add("cooldown", 0.0, "final fraction of steps, linear to zero")
     add("weight_decay", 0.01, "on all parameters")
     add("clip", 2.0, "largest gradient norm")
     add("muon", False, "Muon for the matrices of a generator's blocks, AdamW for the rest")
@@ -182,9 +182,9 @@ def build_parser():
     add("attn_fp32", False, "attention in float32, as the release's ablation and pixel recipes")
     add("checkpoint_blocks", False, "recompute activations: a third more work, 1/20 of the memory")
     add("labels", 64, "class labels a step, of all processes")
-    add("gen", 64, "generated samples a label, G")
-    add("pos", 64, "real samples a label, P")
-    add("uncond", 16, "real samples of any class a label, U")
+    add("gen", 64, "generated samples per label, G")
+    add("pos", 64, "real samples per label, P")
+    add("uncond", 16, "reals of any class per label, U")
     add("alpha_power", 3.0, "k of p(alpha) ~ alpha^-k")
     add("alpha_fixed", 0.0, "share of labels whose alpha is 1")
     add("reals", "queue", "positives from queues of the latest samples (the paper's), or from the "
@@ -327,7 +327,7 @@ class GeneratorStage:
         # Fields other than drifting repel samples by a second, independent batch of them. It has
         # no gradients, but costs a forward pass of the generator and of the encoders.
         self.second = args.field != "drifting"
-        # Few real images that never change pass the encoders once: 1.3 times the steps a second.
+        # Few real images that never change pass the encoders once: 1.2 times the steps a second.
         # They must be few, since their features take a hundred times their bytes and more.
         self.cached_reals = None
         changing = latents or args.flip or args.crop_scale < 1
@@ -416,7 +416,7 @@ class GeneratorStage:
         labels = len(x)
         x = x.flatten(0, 1)
         features = {"global": rearrange(x, "n c h w -> n 1 (h w c)")}
-        if self.decoded:  # of reals too: no latent has exactly their original as image
+        if self.decoded:  # reals too: no latent decodes to exactly its original
             x = self.vae.decode(x)
         for encoder in self.encoders:
             further = encoder.features(x)
@@ -536,7 +536,7 @@ def figures(infos_of_parts, energies):
 
 
 def my_part(count):
-    """This process's part of range(count): neighbours, so that parts in order are the whole."""
+    """This process's part of range(count): contiguous, and in rank order the whole range."""
     part = count // world_size()
     return range(part * get_rank(), part * (get_rank() + 1))
 
@@ -604,7 +604,7 @@ def main(argv=None):
         raise UsageError("--crop_scale cuts images, before the VAE (A.3): give images, not latents")
     parts = world_size() * args.micro_batches
     if (args.labels if args.stage == "generator" else args.batch_size) % parts:
-        raise UsageError(f"--labels or --batch_size is no multiple of {parts} (processes x parts)")
+        raise UsageError(f"{parts} = processes x micro-batches must divide --labels/--batch_size")
     if args.device != "cpu":
         torch.cuda.set_device(args.device)
 
@@ -664,7 +664,7 @@ class Run:
         torch.manual_seed(args.seed)  # of initial weights; a step has random numbers of its own
         self.stage = STAGES[args.stage](args, data)
         self.net = self.stage.net
-        # What names and pixels the weights belong to: sample.py reads it.
+        # Class names and VAE hash of the training data, for sample.py.
         self.net.origin = {key: data.meta[key] for key in ("classes", "vae") if key in data.meta}
         if args.init_from and not newest:
             start_from(args.init_from, self.net)
@@ -748,8 +748,8 @@ def make_optimizers(net, args):
 def start_from(path, net):
     """Copy the weights of a checkpoint, whatever its source, into a network of the same sizes.
 
-    What belongs to classes starts anew, unless the checkpoint has the same ones, or knows no names
-    and has as many, as published weights.
+    Class weights start anew unless the checkpoint has the same classes or, like published weights,
+    no class names but as many classes.
     """
     load = model.load_generator if isinstance(net, model.Generator) else model.load_encoder
     source = load(path)
@@ -808,9 +808,9 @@ def train(run):
             # --clip 2 is active at nearly every step: the digits' norm is 3e5 at first, 35 at last.
             norm = torch.nn.utils.clip_grad_norm_(params, args.clip)
 
-            # 3. The weights and their average, whose memory grows with the run, so that short runs
-            #    forget their first weights too. A step that is not finite changes nothing, on all
-            #    processes alike, and the next one draws other samples.
+            # 3. The weights and their EMA, whose horizon grows with the run, so that short runs
+            #    forget their initial weights too. A step with a non-finite gradient is skipped,
+            #    on all processes alike; the next one draws other samples.
             if norm.isfinite():
                 for optimizer in run.optimizers:
                     optimizer.step()
@@ -828,8 +828,8 @@ def train(run):
             run.net.zero_grad()
 
             # 4. Log, picture, evaluation, checkpoint. The evaluation comes before the checkpoint:
-            #    one that is interrupted is made again after resuming. The first is of few images,
-            #    to fail at once if at all.
+            #    if interrupted, it is redone after resuming. The first uses few images, so
+            #    that any failure shows at once.
             if log:
                 now = time.time()
                 row = {"step": done, "seconds": round(now - began, 2),
