@@ -183,7 +183,7 @@ class Inception:
         branches: "1x1, 3x3_1 3x3_2a|3x3_2b": one unit; and a unit before two on its output.
         """
         pooled = pool(x)
-        shrinks = pooled.shape != x.shape  # then so do the last units, and the pool stays alone
+        shrinks = pooled.shape != x.shape  # then last units have stride 2, and the pool no unit
         outputs = []
         for branch in branches.split(", "):
             *steps, last = branch.split()
@@ -530,7 +530,7 @@ def parse(argv=None):
     add("--inception", help="file of Inception's weights (None: downloaded)")
     add("--resize", choices=("tf1", "half"), help="for Inception, tf1: as ADM; half: as the paper "
         "(None: the reference's, tf1 for --data)")
-    add("--out", help="the .npz of ref or the picture of neighbours (None: named so)")
+    add("--out", help="what ref or neighbours write (None: ref.npz, neighbours.png)")
     return parser.parse_args(argv)
 
 
