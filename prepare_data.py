@@ -510,6 +510,30 @@ def finish(partial, meta, items, labels, broken):
         (partial / "rest.bin").replace(partial / "images.bin")
 
 
+def name_of(data):
+    """data/my.zip -> my; a dot -> the name of the folder where we are"""
+    return Path(data).resolve().name.split(".")[0]
+
+
+def prepared(data, size):
+    """The folder of train.py's --data: itself, or data/NAME, which is made of the source first."""
+    source = Path(data)
+    out = Path("data", name_of(data))
+    if data == "data/digits":  # they come with the code; other images there are refused
+        source = DIGITS
+    elif (source / "train/meta.json").exists():
+        return data
+    elif not source.exists():
+        kind = "latents" if "latents" in source.name else "pixels"
+        raise UsageError(f"{source}: no data there; make it with: python prepare_data.py {kind} "
+                         f"--data SOURCE --size 256 --out {source}")
+    # A folder of that name may be somebody's images, perhaps those that are read.
+    elif out.exists() and not ((out / ".lock").exists() or (out / "train/meta.json").exists()):
+        out = Path(f"{out}_prepared")
+    prepare(source, out, size)
+    return str(out)
+
+
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=HelpFormat)

@@ -6,8 +6,8 @@
     python train.py --preset digits --gen 32 --out runs/wide   # a preset, changed
 
 OUT/ gets step_*/ (EMA weights that sample.py and others load, and what resuming needs), pictures
-samples_*.png and log.jsonl. The same command again resumes. What a step draws
-depends on (seed, step) alone, whatever the number of processes and micro-batches.
+samples_*.png and log.jsonl. The same command again resumes. What a step draws depends on (seed,
+step) alone, whatever the number of processes and micro-batches.
 
 In order: presets and options; the two stages (the method itself is in `GeneratorStage.batch`,
 `loss` and `backward`); `main`, which sets up a run; `train`, the loop; and its helpers for
@@ -224,17 +224,12 @@ def parse(argv=None):
     if not args.data or not (args.out or preset):
         parser.error("--data is needed, and without a preset --out")
     if args.out is None:  # of --preset small_encoder --data my.zip: runs/my_encoder
-        args.out = "runs/" + preset.replace("small", name_of(args.data))
+        args.out = "runs/" + preset.replace("small", prepare_data.name_of(args.data))
     if args.device == "cuda":  # by number: the thread that makes batches has a device of its own
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if args.bf16 is None:
         args.bf16 = args.device != "cpu"
     return args
-
-
-def name_of(data):
-    """data/my.zip -> my; a dot -> the name of the folder where we are"""
-    return Path(data).resolve().name.split(".")[0]
 
 
 # ---- The two stages ------------------------------------------------------------------------------
@@ -596,7 +591,7 @@ def main(argv=None):
     with its own options, so that it resumes, logs and draws pictures like any other run.
     """
     args = parse(argv)
-    args.data = prepared(args)
+    args.data = prepare_data.prepared(args.data, args.size)
     data = prepare_data.Dataset(args.data)
     if args.size not in (None, data.shape[1]):
         raise UsageError(f"{args.data} has images of {data.shape[1]}: for --size give their source")
@@ -605,8 +600,6 @@ def main(argv=None):
     parts = world_size() * args.micro_batches
     if (args.labels if args.stage == "generator" else args.batch_size) % parts:
         raise UsageError(f"{parts} = processes x micro-batches must divide --labels/--batch_size")
-    if args.device != "cpu":
-        torch.cuda.set_device(args.device)
 
     for i, name in enumerate(args.encoder):
         if PRESETS.get(name, {}).get("stage") == "encoder":
@@ -634,25 +627,6 @@ def main(argv=None):
                  f"{list(data.shape)} of {data.num_classes} classes, {world_size()} process(es)")
             train(run)
     return args
-
-
-def prepared(args):
-    """The folder of --data: itself, or data/NAME, which is made of the source first."""
-    source = Path(args.data)
-    out = Path("data", name_of(args.data))
-    if args.data == "data/digits":  # they come with the code; other images there are refused
-        source = prepare_data.DIGITS
-    elif (source / "train/meta.json").exists():
-        return args.data
-    elif not source.exists():
-        kind = "latents" if "latents" in source.name else "pixels"
-        raise UsageError(f"{source}: no data there; make it with: python prepare_data.py {kind} "
-                         f"--data SOURCE --size 256 --out {source}")
-    # A folder of that name may be somebody's images, perhaps those that are read.
-    elif out.exists() and not ((out / ".lock").exists() or (out / "train/meta.json").exists()):
-        out = Path(f"{out}_prepared")
-    prepare_data.prepare(source, out, args.size)
-    return str(out)
 
 
 class Run:
@@ -732,10 +706,8 @@ def make_optimizers(net, args):
 
     AdaLN's matrices, which begin at zero, stay with AdamW. The paper's recipes have AdamW alone.
     """
-    matrices = []
-    if args.muon:
-        matrices = [p for name, p in net.named_parameters()
-                    if name.startswith("blocks.") and p.ndim == 2 and "adaln" not in name]
+    matrices = [p for name, p in net.named_parameters() if args.muon
+                and name.startswith("blocks.") and p.ndim == 2 and "adaln" not in name]
     others = [p for p in net.parameters() if all(p is not matrix for matrix in matrices)]
     result = [torch.optim.AdamW(others, args.lr, (0.9, 0.95), eps=1e-8,
                                 weight_decay=args.weight_decay, fused=True)]
@@ -918,8 +890,9 @@ def evaluate(run, step, extractor, reference):
     write_log(args, {"step": step, **row})
     score = next(value for name, value in row.items() if name.startswith(("fid", "fd")))
     best = Path(args.out) / "best"
-    file = best / "score.json"
-    before = json.loads(file.read_text())["score"] if file.exists() else math.inf
+    before = math.inf
+    if best.exists():
+        before = json.loads((best / "score.json").read_text())["score"]
     if get_rank() == 0 and complete and score < before:
         with atomic_write(best) as folder:
             run.ema.save_pretrained(folder)

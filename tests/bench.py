@@ -122,6 +122,8 @@ def drift_case(name, T=None, labels=None):
         samples.append({f"{i}": torch.randn(labels, n, min(t, T or t), C, generator=stream,
                                             device=DEVICE) for i, (t, C) in enumerate(shapes)})
     alpha = 1 + 3 * torch.rand(labels, generator=stream, device=DEVICE)
+    if field == "drifting":  # which has no second samples
+        samples[1] = None
     return field, options, [*samples, alpha]
 
 

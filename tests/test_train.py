@@ -480,12 +480,12 @@ def test_a_source_is_not_prepared_into_somebodys_images(tmp_path, monkeypatch):
     write_images(tmp_path / "data/mine", {"cat": 2})
     shutil.make_archive("mine", "zip", "data/mine")
     for source in ("mine.zip", "data/mine"):
-        assert train.prepared(SimpleNamespace(data=source, size=8)) == "data/mine_prepared"
+        assert prepare_data.prepared(source, 8) == "data/mine_prepared"
         assert os.listdir("data/mine") == ["cat"]
         shutil.rmtree("data/mine_prepared")
     prepare_data.prepare("mine.zip", "data/digits", 8)
     with pytest.raises(UsageError, match="other images"):  # they are not taken for digits
-        train.prepared(train.parse(["--preset", "digits"]))
+        prepare_data.prepared("data/digits", None)
 
 
 @pytest.mark.parametrize("names", [["3", "new", "9"], list("1234567890"), list("0123456789")])
