@@ -90,9 +90,6 @@ def drift_loss(gen, pos, neg=None, weight_neg=None, temperatures=TEMPERATURES, k
             sum_pos = A_pos.sum(3, keepdim=True)
             A_pos.mul_(attraction * sum_neg)
             A_neg.mul_(-repulsion * sum_pos)
-            if attraction != repulsion:  # else each sample's weights add up to 0
-                total = (attraction - repulsion) * (sum_neg * sum_pos).squeeze(3)
-                A[..., :G].diagonal(dim1=2, dim2=3).sub_(total)  # target number i is x_i
             fields.append(force(A, y))                                         # b taus G C
 
         # 3. Each temperature's field gets unit mean square, again over the whole batch.
@@ -131,15 +128,17 @@ def sinkhorn_loss(gen, gen2, pos, uncond=None, cfg_scale=None, temperature=0.05,
         # 1. Squared distances, and one scale for the whole batch, the root of their mean.
         chunks, scale, unit = distances(samples, w, reduce, power=2, keep=False)
 
-        # 2. Transport plans to each kind of targets but `gen` itself.
+        # 2. Transport plans to each kind of targets; `gen` itself has no weight.
         fields = []
         alphas = cfg_scale[:, None, None].split([len(squares) for _, squares in chunks])
         for y, alpha in zip(in_chunks(*samples), alphas):
             _, squares = chunks.pop(0)  # frees its memory for the field
-            A = squares.div_(-2 * temperature * C * unit**2)[:, :, G:]         # b G N - G
-            for logits, factor in zip(A.split(sizes[1:], 2), (-1, alpha, 1 - alpha)):  # views
+            A = squares.div_(-2 * temperature * C * unit**2)                   # b G N
+            own, *others = A.split(sizes, 2)
+            own.zero_()
+            for logits, factor in zip(others, (-1, alpha, 1 - alpha)):  # views of A
                 logits.copy_(transport(logits, iterations)).mul_(factor)
-            fields.append(force(A[:, None], y[:, G:]))                         # b 1 G C
+            fields.append(force(A[:, None], y))                                # b 1 G C
 
         # 3. Unit mean square over the whole batch.
         V, mean_square = normalised_sum(fields, unit, reduce)                  # B G C
@@ -233,9 +232,10 @@ def squared_distances(x, y):
 def force(A, y):
     """V_i = sum_j A_ij (y_j - x_i) [b, taus, G, C] of A [b, taus, G, N] and targets y [b, N, C].
 
-    Attraction and repulsion have the same total weight, so that x_i, times the sum of A_i, drops
-    out. Also returns the sum of squares of V [taus], taken while V is in the cache.
+    Also its sum of squares [taus], while it is in the cache. A is overwritten: x_i is target
+    number i, so that one product with y does it all.
     """
+    A[..., :A.shape[2]].diagonal(dim1=2, dim2=3).sub_(A.sum(3))
     V = (A.flatten(1, 2) @ y).unflatten(1, A.shape[1:3])
     return V, V.norm(dim=3).square_().sum((0, 2), dtype=torch.float64)  # by norm: no copy of V
 
