@@ -2,6 +2,7 @@
 
     python tests/judge.py data/cifar10                  # trains it once: data/cifar10/judge.safetensors
     python tests/judge.py data/cifar10 runs/cifar10     # judges 10,000 images, number i of class i % 10
+    python tests/judge.py data/cifar10 runs/cifar10 3   # the same under guidance of 3
 
 Prints how often the judge is right on the split `test` (CIFAR-10: some 80%), how many generated
 images it takes for their class, and the Frechet distance of its 128 features to those of `train`.
@@ -70,7 +71,7 @@ def judged(judge, read, labels):
     return rows, judge.fc(rows).argmax(1).numpy() == labels
 
 
-def main(folder, ckpt=None):
+def main(folder, ckpt=None, cfg_scale=1):
     data = Dataset(folder)
     torch.manual_seed(0)
     judge = Judge(data.shape[0], data.num_classes)
@@ -85,7 +86,8 @@ def main(folder, ckpt=None):
     print(f"held out: {right.mean():.1%} right")
     if ckpt:
         labels = np.arange(10_000) % data.num_classes
-        rows, right = judged(judge, fid.generated(model.load_generator(ckpt)), labels)
+        images = fid.generated(model.load_generator(ckpt), float(cfg_scale))
+        rows, right = judged(judge, images, labels)
         by_class = [f"{name} {right[labels == i].mean():.0%}"
                     for i, name in enumerate(data.meta["classes"])]
         real, _ = judged(judge, fid.open_images(folder)[1], data.labels)
