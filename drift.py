@@ -276,8 +276,8 @@ def transport(logits, iterations):
     for _ in range(iterations - 1):
         rows = (columns @ plan.mT).reciprocal().mul_(M / G)                    # b 1 G
         columns = (rows @ plan).reciprocal()                                   # b 1 M
-    totals = (columns @ plan.mT).mT  # of rows                                  # b G 1
-    return plan.mul_(columns).div_(totals)
+    row_sums = (columns @ plan.mT).mT                                          # b G 1
+    return plan.mul_(columns).div_(row_sums)
 
 
 # ---- A figure that shows progress, which normalisation hides in the loss and in the forces -------

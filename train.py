@@ -84,7 +84,7 @@ PRESETS = {
         sample_every=100, save_every=150),
     # For any images of about 32 x 32 pixels and ten classes on a CPU, where many small steps go
     # farther in the same time than few large ones. Alphas are larger than the paper's (power 3),
-    # so that more images can be told to be of their class.
+    # so that more images are recognisably of their class.
     "small_encoder": dict(
         stage="encoder", input_patch_size=2, base_channels=32, layers=[1, 1, 1],
         batch_size=128, cls_steps=1000, ema_decay=0.99, lr=2e-3, warmup=50, steps=1000,
@@ -706,8 +706,10 @@ def make_optimizers(net, args):
 
     AdaLN's matrices, which begin at zero, stay with AdamW. The paper's recipes have AdamW alone.
     """
-    matrices = [p for name, p in net.named_parameters() if args.muon
-                and name.startswith("blocks.") and p.ndim == 2 and "adaln" not in name]
+    matrices = []
+    if args.muon:
+        matrices = [p for name, p in net.named_parameters()
+                    if name.startswith("blocks.") and p.ndim == 2 and "adaln" not in name]
     others = [p for p in net.parameters() if all(p is not matrix for matrix in matrices)]
     result = [torch.optim.AdamW(others, args.lr, (0.9, 0.95), eps=1e-8,
                                 weight_decay=args.weight_decay, fused=True)]
@@ -749,8 +751,7 @@ def train(run):
         reference = fid.open_reference(extractor, args.eval_ref, data)
     progress = tqdm(range(run.start, args.steps), args.out, initial=run.start, total=args.steps,
                     disable=get_rank() > 0, mininterval=1)
-    began = logged_at = time.time()
-    logged = run.start
+    began = time.time()
     skipped = 0
     ahead = None
     with ThreadPoolExecutor(1) as thread, signals_to_stop() as stop:
@@ -803,17 +804,12 @@ def train(run):
             #    if interrupted, it is redone after resuming. The first uses few images, so
             #    that any failure shows at once.
             if log:
-                now = time.time()
-                row = {"step": done, "seconds": round(now - began, 2),
-                       "seconds_a_step": (now - logged_at) / (done - logged),
-                       "gpu_gb": torch.cuda.max_memory_allocated() / 1e9, "lr": lr,
-                       "skipped": skipped,
+                row = {"step": done, "seconds": round(time.time() - began, 2), "lr": lr,
+                       "gpu_gb": torch.cuda.max_memory_allocated() / 1e9, "skipped": skipped,
                        **averaged({"norm": norm, **logs})}
                 write_log(args, row)
                 shown = "energy_distance" if "energy_distance" in row else "loss"
                 progress.set_postfix_str(f"{shown} {row[shown]:.3g}")
-                logged = done
-                logged_at = now
             if get_rank() == 0 and (done % args.sample_every == 0 or done == 1 or last):
                 with torch.no_grad():
                     images, columns, names = stage.preview(run.ema)
@@ -888,12 +884,13 @@ def evaluate(run, step, extractor, reference):
     images = fid.generated(run.ema, seed=args.seed, vae=run.stage.vae)
     row = fid.evaluate(images, args.eval_images if complete else 100, extractor, reference)
     write_log(args, {"step": step, **row})
-    score = next(value for name, value in row.items() if name.startswith(("fid", "fd")))
+    if get_rank() > 0 or not complete:
+        return
+    score = row[extractor.key]
     best = Path(args.out) / "best"
-    before = math.inf
-    if best.exists():
-        before = json.loads((best / "score.json").read_text())["score"]
-    if get_rank() == 0 and complete and score < before:
+    file = best / "score.json"
+    before = json.loads(file.read_text())["score"] if file.exists() else math.inf
+    if score < before:
         with atomic_write(best) as folder:
             run.ema.save_pretrained(folder)
             (folder / "score.json").write_text(json.dumps({"score": score, "step": step}))
