@@ -2,6 +2,7 @@
 
 tests/fixtures/inception holds random weights, images, and what the reference tools made of them.
 """
+import hashlib
 import importlib.util
 import json
 import os
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -108,6 +110,18 @@ def test_weights_of_another_inception_are_refused(net, weights, tmp_path):
 
 def distance(a, b):
     return fid.frechet_distance(*fid.statistics(a), *fid.statistics(b))
+
+
+def test_inception_is_downloaded_and_its_hash_checked(net, weights, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
+    right = shutil.copy(weights, tmp_path / f"inception-{digest[:8]}.pth")
+    wrong = shutil.copy(weights, tmp_path / "inception-01234567.pth")
+    monkeypatch.setattr(fid, "INCEPTION_URL", Path(right).as_uri())
+    assert torch.equal(fid.load_inception().fc, net.fc)
+    monkeypatch.setattr(fid, "INCEPTION_URL", Path(wrong).as_uri())
+    with pytest.raises(RuntimeError, match="hash"):
+        fid.load_inception()
 
 
 def test_frechet_distance_of_the_fixture(expected):

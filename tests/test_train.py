@@ -423,6 +423,10 @@ PAPER = {
     "wflow_L": ("L", 128, 64, 64, 32, 3, 0.5, 4e-4, 0.01, 10000, 200000, False),
     "wflow_XL": ("XL", 128, 64, 128, 32, 4, 0.2, 3e-4, 0.01, 10000, 200000, False),
 }
+# Of W-Flow's: regularisation, iterations, samples pushed by 8 and 64 hosts together.
+WFLOW = {
+    "wflow_ablation": (0.05, 10, 64 * 8), "wflow_B": (0.05, 10, 128 * 64),
+    "wflow_L": (0.05, 1, 128 * 64), "wflow_XL": (0.01, 1, 128 * 64)}
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -440,6 +444,10 @@ def test_presets_are_the_papers_recipes(name):
     convnext = ["hf://facebook/convnextv2-base-22k-224"] if pixels else []
     assert args.encoder == [f"hf://mae_{'pixel' if pixels else 'latent'}_{width}", *convnext]
     assert args.patch_size == (16 if pixels else 2)
+    if name.startswith("wflow"):
+        assert (args.entropic_reg, args.iterations, args.push) == WFLOW[name]
+    else:
+        assert args.push == (1024 if name == "latent_ablation" else 2048)
 
 
 @pytest.mark.parametrize("name", train.PRESETS)
@@ -615,6 +623,17 @@ def test_a_signal_saves_and_ends(found, name):
     assert set(codes) == {1}
     assert seconds < 5
     assert len(saved) == 1
+
+
+def test_an_ignored_hangup_stays_ignored():
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with train.signals_to_stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.is_set()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_processes_and_micro_batches_train_what_one_pass_does(found):
