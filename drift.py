@@ -160,11 +160,11 @@ def affinity(dist, tau, kernel="both"):
     """Kernel k(x, y) [..., G, N] of distances [..., G, N] in units of their mean (A.6, Table 11).
 
     tau: a number, or a tensor that broadcasts. A new kernel is one more branch here, and its name
-    in KERNELS: any A >= 0 that falls with distance, normalised or not.
+    in KERNELS: any A >= 0 that falls with distance, normalised or not, but well above the floor.
     """
     logits = dist / -tau
-    # The floor keeps forces on far samples alive: without it the gradient changes by 43%. A kernel
-    # that is below it at distance 1, the mean, is therefore flat from there on.
+    # The floor keeps forces on far samples alive: without it the gradient changes by 43%. Where a
+    # kernel is below the floor it is constant, and pulls to all targets alike.
     floor = 1e-3
     assert kernel in KERNELS, kernel
     if kernel == "both":  # normalised over targets and over samples

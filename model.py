@@ -139,7 +139,7 @@ class Generator(nn.Module, Pretrained):
             nn.init.zeros_(self.head[-1].bias)
 
     def embed_label(self, class_labels):
-        """Labels [n] -> [n, cond_dim]: the one place that knows what a label is, here a class."""
+        """Labels [n] -> [n, cond_dim]. Only here the network knows what a label is: a class."""
         return self.class_embed(class_labels)
 
     def condition(self, class_labels, cfg_scale, style_indices):
@@ -727,7 +727,7 @@ class Unfilled(TorchFunctionMode):
     """Networks built inside do not fill their parameters, which a file's tensors will replace.
 
     This saves time and memory: pages to which nobody has written take none. Buffers are filled,
-    since those which a constructor computes may be in no file.
+    since those which a constructor computes may be in no file; but not from parameters.
     """
 
     FILLS = ("uniform_", "normal_", "kaiming_uniform_", "constant_", "zero_", "fill_")
@@ -988,7 +988,7 @@ def run_script(main):
 
 
 class LastingStream:
-    """A stream that drops what a closed terminal no longer takes: the run goes on."""
+    """A stream that ignores the errors of a closed terminal, so that the run goes on."""
 
     def __init__(self, stream):
         self.stream = stream

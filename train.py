@@ -225,7 +225,7 @@ def parse(argv=None):
         parser.error("--data is needed, and without a preset --out")
     if args.out is None:  # of --preset small_encoder --data my.zip: runs/my_encoder
         args.out = "runs/" + preset.replace("small", prepare_data.name_of(args.data))
-    if args.device == "cuda":  # by number: the thread that makes batches has a device of its own
+    if args.device == "cuda":  # by number, as each thread has a current device of its own
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if args.bf16 is None:
         args.bf16 = args.device != "cpu"
@@ -360,11 +360,13 @@ class GeneratorStage:
                                    generator=random, device=args.device)
             pos = source.draw(labels[slot], args.pos, rng)
             ids = np.concatenate([pos, source.draw_any(args.uncond, rng)])
-            reals = self.data.batch(ids, rng, args.flip, args.device)
-            if args.crop_scale < 1:
-                reals = prepare_data.crop(reals, args.crop_scale, [rng] * len(ids))
             rows.append({"alpha": upload(alpha, args.device)[0], "noise": noise, "styles": styles,
-                         "reals": reals, "ids": upload(ids, args.device)})
+                         "ids": upload(ids, args.device)})
+            if self.cached_reals is None:  # else `loss` finds their features by these ids
+                reals = self.data.batch(ids, rng, args.flip, args.device)
+                if args.crop_scale < 1:
+                    reals = prepare_data.crop(reals, args.crop_scale, [rng] * len(ids))
+                rows[-1]["reals"] = reals
         batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         return {"labels": upload(labels[slots], args.device), **batch}
 
@@ -408,7 +410,7 @@ class GeneratorStage:
 
     def features(self, x):
         """x [labels, n, c, h, w] -> {name: [labels, n, T, C]}: the samples' own, and encoders'."""
-        labels = len(x)
+        shape = x.shape[:2]
         x = x.flatten(0, 1)
         features = {"global": rearrange(x, "n c h w -> n 1 (h w c)")}
         if self.decoded:  # reals too: no latent decodes to exactly its original
@@ -417,7 +419,7 @@ class GeneratorStage:
             further = encoder.features(x)
             assert not features.keys() & further.keys(), "two encoders name features alike"
             features |= further
-        return {name: f.unflatten(0, (labels, -1)) for name, f in features.items()}
+        return {name: f.unflatten(0, shape) for name, f in features.items()}
 
     def loss(self, x, second, batch, reduce, energies=None):
         """`drift.feature_loss` of samples x and the second ones, [labels, G, c, h, w].
@@ -576,7 +578,7 @@ def open_encoder(name, args):
     weights = model.digest(encoder.state_dict())
     encoder.identity = f"{encoder._hub_mixin_config} {args.encoder_size} {weights}"
     if isinstance(encoder, model.MAE):
-        del encoder.decoder, encoder.fc  # a fifth of its memory, and without use here
+        del encoder.decoder, encoder.fc  # a fifth of its memory; only `features` is used
     if args.compile:
         encoder.features = torch.compile(encoder.features)
     return frozen(encoder, args)
@@ -702,10 +704,7 @@ def read_state(folder, args, data):
 
 
 def make_optimizers(net, args):
-    """AdamW (Table 8) for all parameters; under --muon, Muon for the matrices of the blocks.
-
-    AdaLN's matrices, which begin at zero, stay with AdamW. The paper's recipes have AdamW alone.
-    """
+    """AdamW (Table 8). With --muon, Muon for the blocks' matrices but adaLN's, which begin at 0."""
     matrices = []
     if args.muon:
         matrices = [p for name, p in net.named_parameters()
@@ -778,7 +777,7 @@ def train(run):
                 for work in [dist.all_reduce(grad, async_op=True) for grad in grads]:
                     work.wait()
                 torch._foreach_div_(grads, world_size())
-            # --clip 2 is active at nearly every step: the digits' norm is 3e5 at first, 35 at last.
+            # --clip 2 is active at nearly every step: the digits' norm falls from 3e5 to 35.
             norm = torch.nn.utils.clip_grad_norm_(params, args.clip)
 
             # 3. The weights and their EMA, whose horizon grows with the run, so that short runs
@@ -801,8 +800,8 @@ def train(run):
             run.net.zero_grad()
 
             # 4. Log, picture, evaluation, checkpoint. The evaluation comes before the checkpoint:
-            #    if interrupted, it is redone after resuming. The first uses few images, so
-            #    that any failure shows at once.
+            #    if interrupted, it is redone after resuming. All come after the first step too
+            #    (with few images to evaluate), so that any failure shows at once.
             if log:
                 row = {"step": done, "seconds": round(time.time() - began, 2), "lr": lr,
                        "gpu_gb": torch.cuda.max_memory_allocated() / 1e9, "skipped": skipped,
@@ -818,7 +817,7 @@ def train(run):
                 evaluate(run, done, extractor, reference)
             # Any process may have been asked to stop.
             stopping = all_reduce(torch.tensor(int(stop.is_set()))).item()
-            if done % args.save_every == 0 or last or stopping:
+            if done % args.save_every == 0 or done == 1 or last or stopping:
                 run.save(done)
             if stopping:
                 note(f"{out}: stopped after step {done}; the same command resumes")
@@ -862,7 +861,7 @@ def signals_to_stop():
 # ---- The log, and evaluation while training ------------------------------------------------------
 
 def write_log(args, row):
-    """Append a line to log.jsonl. A resumed run writes the steps that it makes again once more."""
+    """Append a line to log.jsonl. Steps that are repeated after resuming appear twice."""
     if get_rank() == 0:
         with open(Path(args.out) / "log.jsonl", "a") as log:
             log.write(fid.json_line(row) + "\n")

@@ -315,11 +315,11 @@ def bench_step(preset, *options):
 
 def bench_energy(runs=15):
     run = random_run(["--preset", "digits"])
-    features = run.stage.features
     batch = run.stage.batch(0)
     with torch.no_grad():
-        gen = features(run.stage.generate(batch))
-        pos = features(batch["reals"][:, :run.args.pos])
+        gen = run.stage.features(run.stage.generate(batch))
+        ids = batch["ids"][:, :run.args.pos]
+        pos = {name: f[ids, 0] for name, f in run.stage.cached_reals.items()}
 
     def figure():
         for name in gen:
