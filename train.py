@@ -706,7 +706,7 @@ def read_state(folder, args, data):
 def make_optimizers(net, args):
     """AdamW (Table 8). With --muon, Muon for the blocks' matrices but adaLN's, which begin at 0."""
     matrices = []
-    if args.muon:
+    if args.muon:  # in none of the paper's recipes
         matrices = [p for name, p in net.named_parameters()
                     if name.startswith("blocks.") and p.ndim == 2 and "adaln" not in name]
     others = [p for p in net.parameters() if all(p is not matrix for matrix in matrices)]
