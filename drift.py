@@ -160,7 +160,7 @@ def affinity(dist, tau, kernel="both"):
     """Kernel k(x, y) [..., G, N] of distances [..., G, N] in units of their mean (A.6, Table 11).
 
     tau: a number, or a tensor that broadcasts. A new kernel is one more branch here, and its name
-    in KERNELS: any A >= 0 that falls with distance, normalised or not, but well above the floor.
+    in KERNELS: any A >= 0 that falls with distance, normalised or not. The floor does not scale.
     """
     logits = dist / -tau
     # The floor keeps forces on far samples alive: without it the gradient changes by 43%. Where a

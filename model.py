@@ -139,7 +139,7 @@ class Generator(nn.Module, Pretrained):
             nn.init.zeros_(self.head[-1].bias)
 
     def embed_label(self, class_labels):
-        """Labels [n] -> [n, cond_dim]. Only here the network knows what a label is: a class."""
+        """Labels [n] -> [n, cond_dim]. Nothing else in the network knows that they are classes."""
         return self.class_embed(class_labels)
 
     def condition(self, class_labels, cfg_scale, style_indices):
@@ -727,7 +727,8 @@ class Unfilled(TorchFunctionMode):
     """Networks built inside do not fill their parameters, which a file's tensors will replace.
 
     This saves time and memory: pages to which nobody has written take none. Buffers are filled,
-    since those which a constructor computes may be in no file; but not from parameters.
+    since those which a constructor computes may be in no file. One computed from a parameter's
+    initial values would be wrong.
     """
 
     FILLS = ("uniform_", "normal_", "kaiming_uniform_", "constant_", "zero_", "fill_")

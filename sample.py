@@ -132,7 +132,7 @@ def load_networks(args):
 
 
 def class_numbers(words, names):
-    """--classes as numbers. Words are names first, then numbers, unless all names are numbers."""
+    """--classes as numbers. A word is a name or, unless all names are numbers, a number."""
     numbers = {name: i for i, name in enumerate(names)}
     if not all(name.isdecimal() for name in names):
         numbers = {str(i): i for i in range(len(names))} | numbers

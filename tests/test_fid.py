@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -114,12 +113,12 @@ def distance(a, b):
 
 def test_inception_is_downloaded_and_its_hash_checked(net, weights, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
-    digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     right = shutil.copy(weights, tmp_path / f"inception-{digest[:8]}.pth")
     wrong = shutil.copy(weights, tmp_path / "inception-01234567.pth")
-    monkeypatch.setattr(fid, "INCEPTION_URL", Path(right).as_uri())
+    monkeypatch.setattr(fid, "INCEPTION_URL", right.as_uri())
     assert torch.equal(fid.load_inception().fc, net.fc)
-    monkeypatch.setattr(fid, "INCEPTION_URL", Path(wrong).as_uri())
+    monkeypatch.setattr(fid, "INCEPTION_URL", wrong.as_uri())
     with pytest.raises(RuntimeError, match="hash"):
         fid.load_inception()
 
